@@ -1,0 +1,3 @@
+"""Decentralised and local SGD on PyTorch and Ray: launch, simulate, compare."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,20 @@
+"""What goes wrong, in the user's terms. Raised everywhere; the command line turns it into exit codes.
+
+Every message states the rule, what came, and the remedy.
+"""
+
+
+class UserError(ValueError):
+    """The input was wrong and nothing was started. The command line exits with 2.
+
+    `key` is the dotted config key at fault, where one is known; it leads the message.
+    """
+
+    def __init__(self, message: str, key: str | None = None):
+        super().__init__(f"{key}: {message}" if key else message)
+        self.message = message
+        self.key = key
+
+
+class WorkerError(RuntimeError):
+    """A worker failed or died while a run was under way. The message names worker and step."""
