@@ -18,3 +18,16 @@ class UserError(ValueError):
 
 class WorkerError(RuntimeError):
     """A worker failed or died while a run was under way. The message names worker and step."""
+
+
+class StepError(RuntimeError):
+    """Raised on a worker: worker `rank` could not finish step `step`, from 0, for `reason`."""
+
+    def __init__(self, rank: int, step: int, reason: str):
+        super().__init__(f"worker {rank} at step {step}: {reason}")
+        self.rank = rank
+        self.step = step
+        self.reason = reason
+
+    def __reduce__(self):
+        return StepError, (self.rank, self.step, self.reason)

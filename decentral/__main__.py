@@ -1,0 +1,3 @@
+from decentral.cli import main
+
+main()

@@ -1,0 +1,24 @@
+"""Parallel SGD: the gradient averaged over all workers at every step, as DDP does."""
+
+from decentral.replica import Replica
+
+
+class Parallel:
+    """Every worker applies the mean of all gradients, so all replicas stay equal.
+
+        x^{k+1} = x^k - gamma * (1/n) sum_j g_j(x^k)
+
+    The same as averaging the models at every step (W = J) when the local optimizer is linear in
+    the gradient; not for Adam. Float buffers (BatchNorm statistics) are averaged too.
+
+    An all-reduce of D floats a step. Asks nothing of a topology.
+    """
+
+    requires = None
+
+    def step(self, replica: Replica) -> None:
+        gradient = replica.gradient()
+        replica.mean_(gradient)
+        replica.descend(gradient)
+        replica.mean_(replica.buffers)
+        replica.average()

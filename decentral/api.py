@@ -1,0 +1,195 @@
+"""`decentral run`, from config to result: what the command line and `decentral.run` call."""
+
+import copy
+import importlib.metadata
+import math
+import os
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from decentral import checkpoints, records
+from decentral.config import Config, load
+from decentral.coordinator import Coordinator
+from decentral.engines import Engine
+from decentral.engines.sim import Simulator
+from decentral.errors import UserError
+from decentral.experiment import Experiment, build
+from decentral.progress import Watcher
+from decentral.records import Record, RunDirectory
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave.
+
+    `metrics` has a row per record, the columns of metrics.jsonl; `model` is the averaged model;
+    `summary` the content of summary.json; `directory` None if the run was not written.
+    """
+
+    config: Config
+    metrics: "pandas.DataFrame"
+    model: torch.nn.Module
+    summary: dict[str, Any]
+    directory: Path | None
+
+
+def run(
+    config: str | Path | Mapping[str, Any],
+    *,
+    out: str | Path | None = None,
+    watcher: Watcher | None = None,
+    **overrides: Any,
+) -> Result:
+    """Run a config: a YAML file or a mapping, with overrides such as `**{"algorithm.period": 4}`.
+
+    `out` is the run directory to make; without it nothing is written. Raises UserError, before
+    anything starts, if the input is wrong, and WorkerError if a worker fails.
+    """
+    return execute(load(config, overrides), Path(out) if out else None, watcher or Watcher())
+
+
+def resume(
+    directory: str | Path, *, watcher: Watcher | None = None, **overrides: Any
+) -> Result:
+    """Go on with a run from its newest checkpoint, in the same directory.
+
+    Overrides may change what the checkpoint does not fix: `steps`, for one.
+    """
+    directory = Path(directory)
+    if not (directory / "config.yaml").exists():
+        raise UserError(f"{directory} is not a run directory: it has no config.yaml", "--resume")
+    before = load(directory / "config.yaml")
+    config = load(directory / "config.yaml", overrides)
+    for key in ("engine", "workers", "dtype", "seed"):
+        if getattr(config, key) != getattr(before, key):
+            raise UserError(f"a resumed run keeps its {key}, {getattr(before, key)}", key)
+    checkpoint = checkpoints.latest(directory)
+    return execute(config, directory, watcher or Watcher(), checkpoint)
+
+
+def execute(
+    config: Config, out: Path | None, watcher: Watcher, checkpoint: Path | None = None
+) -> Result:
+    """Check everything, start the engine, run, record; whatever happens, leave nothing running."""
+    started = time.perf_counter()
+    experiment = build(config)
+    if experiment.topology is not None and not experiment.algorithm.needs_topology:
+        watcher.say(
+            f"{config.algorithm.name} averages over no topology: {experiment.topology.name}"
+            " serves the clock alone"
+        )
+    if out is not None and checkpoint is None:
+        records.check(out)
+    rows: list[Record] = []
+    directory = RunDirectory(out) if out is not None else None
+
+    def summary(status: str) -> dict[str, Any]:
+        seconds = time.perf_counter() - started
+        return _summary(experiment, rows, status, seconds)
+
+    with torch.random.fork_rng():
+        engine = _engine(experiment, watcher)
+        try:
+            coordinator = Coordinator(experiment, engine)
+            if checkpoint is not None:
+                checkpoints.restore(checkpoint, coordinator, engine)
+            if directory is not None:
+                rows += directory.start(config, experiment.shards, coordinator.step)
+            watcher.begin(experiment, coordinator.step)
+            status = _run(experiment, engine, coordinator, directory, rows, watcher)
+            state = engine.average_model()
+        except BaseException as error:
+            if directory is not None and directory.started:
+                directory.finish(summary("failed") | {"error": str(error)}, None)
+            raise
+        finally:
+            watcher.end()
+            engine.close()
+    if directory is not None:
+        directory.finish(summary(status), state)
+    return _result(experiment, rows, state, summary(status), out)
+
+
+def _engine(experiment: Experiment, watcher: Watcher) -> Engine:
+    if experiment.config.engine == "sim":
+        return Simulator(experiment)
+    from decentral.engines.ray import RayEngine  # ray is imported by its engine alone
+
+    return RayEngine(experiment, watcher.say)
+
+
+def _run(
+    experiment: Experiment,
+    engine: Engine,
+    coordinator: Coordinator,
+    directory: RunDirectory | None,
+    rows: list[Record],
+    watcher: Watcher,
+) -> str:
+    """Run to the end or until the user stops it: the status that summary.json gives."""
+    every = experiment.config.checkpoint.every
+    for record in coordinator.run():
+        if record is not None:
+            rows.append(record)
+            if directory is not None:
+                directory.append(record)
+        watcher.advance(coordinator.step, record)
+        stop = watcher.wants_stop() and coordinator.step < experiment.config.steps
+        due = every is not None and coordinator.step % every == 0
+        if directory is not None and (stop or due):
+            folder = checkpoints.save(directory.path, coordinator, engine)
+            if stop:
+                watcher.say(f"stopped at step {coordinator.step}; checkpoint in {folder}")
+        if stop:
+            return "stopped"
+    return "done"
+
+
+def _summary(
+    experiment: Experiment, rows: list[Record], status: str, seconds: float
+) -> dict[str, Any]:
+    config = experiment.config
+    return {
+        "name": config.name,
+        "status": status,
+        "engine": config.engine,
+        "algorithm": config.algorithm.name,
+        "topology": experiment.topology.name if experiment.topology else None,
+        "workers": config.workers,
+        "parameters": sum(
+            p.numel() for p in experiment.task.model.parameters() if p.requires_grad
+        ),
+        "final": rows[-1] if rows else None,
+        "seconds": seconds,
+        "versions": {
+            "python": platform.python_version(),
+            **{
+                package: importlib.metadata.version(package)
+                for package in ("decentral", "torch", "ray", "networkx", "numpy")
+            },
+        },
+        "machine": {"system": platform.platform(), "cpus": os.cpu_count()},
+    }
+
+
+def _result(
+    experiment: Experiment,
+    rows: list[Record],
+    state: dict[str, torch.Tensor],
+    summary: dict[str, Any],
+    out: Path | None,
+) -> Result:
+    import pandas  # slow to import, and of no use before there is a result
+
+    model = copy.deepcopy(experiment.task.model).to(experiment.dtype)
+    model.load_state_dict(state)
+    return Result(experiment.config, pandas.DataFrame(rows), model, summary, out)

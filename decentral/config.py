@@ -1,0 +1,239 @@
+"""The config of a run: its schema, how it is read, overridden and written.
+
+`load` is the one way in, for the command line and for Python. What the schema cannot know (the
+options of a task, a topology, an algorithm) is checked where it is built: see experiment.py.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from decentral.errors import UserError
+from decentral.signature import validation_error
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Component(BaseModel):
+    """Something chosen by name; every other key is an option, checked against its signature."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Partition(BaseModel):
+    """How training samples are split over the workers; other keys are options of the kind."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    kind: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class TaskConfig(Component):
+    batch_size: PositiveInt = 32
+    partition: Partition | None = None
+    sampling: Literal["shuffle", "replacement"] = "shuffle"
+
+
+class TopologyConfig(BaseModel):
+    """A built-in graph by `name`, with its options, or a graph `file`."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    name: str | None = None
+    file: str | None = None
+    weights: str | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class NetworkConfig(_Section):
+    """What the simulated clock reckons with. `compute_ms: null` means measured at the start."""
+
+    latency_ms: NonNegative = 0.1
+    bandwidth_gbps: Positive = 10.0
+    compute_ms: NonNegative | None = None
+
+
+class RecordConfig(_Section):
+    """A record every so many steps; an evaluation every so many (null: only the last step)."""
+
+    every: PositiveInt = 10
+    evaluate_every: PositiveInt | None = None
+
+
+class CheckpointConfig(_Section):
+    """A checkpoint every so many steps (null: only when the user stops the run)."""
+
+    every: PositiveInt | None = None
+
+
+class SimConfig(_Section):
+    device: Literal["cpu", "cuda"] = "cpu"
+
+
+class RayConfig(_Section):
+    """`address: null` starts a local cluster for this run; `auto` or an address joins one."""
+
+    address: str | None = None
+    cpus_per_worker: Positive = 1.0
+    gpus_per_worker: NonNegative = 0.0
+    timeout_s: Positive = 300.0
+
+
+class Config(_Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "run"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    workers: PositiveInt
+    steps: PositiveInt
+    engine: Literal["sim", "ray"] = "sim"
+    task: TaskConfig
+    optimizer: Component
+    lr_schedule: Component | None = None
+    algorithm: Component
+    topology: TopologyConfig | None = None
+    network: NetworkConfig = NetworkConfig()
+    record: RecordConfig = RecordConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    sim: SimConfig = SimConfig()
+    ray: RayConfig = RayConfig()
+
+
+def load(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read a config from a YAML file or a mapping, apply dotted overrides, check it.
+
+    A key whose value is null is taken away, so its default holds. A relative `topology.file` is
+    looked up from the working directory, then beside the config file.
+
+    Raises UserError naming each key at fault, what came, and what is allowed.
+    """
+    raw = dict(source) if isinstance(source, Mapping) else _read(Path(source))
+    raw = _copy(raw)
+    for key, value in (overrides or {}).items():
+        _override(raw, key, value)
+    raw = _without_nulls(raw)
+    if not isinstance(source, Mapping):
+        _find_beside(raw, Path(source).parent)
+    _check_keys(raw, Config)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise validation_error(error) from None
+
+
+def parse_overrides(words: list[str]) -> dict[str, Any]:
+    """`["a.b=1", "c=null"]` to `{"a.b": 1, "c": None}`; values are read as YAML."""
+    overrides = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"an override is key=value, for example steps=100; got {word!r}")
+        try:
+            overrides[key] = yaml.load(value, Loader=_Loader)
+        except yaml.YAMLError:
+            raise UserError(f"the value is not YAML; got {value!r}", key) from None
+    return overrides
+
+
+def dump(config: Config) -> str:
+    """The config as YAML, defaults filled in; `load` reads it back to an equal config."""
+    return yaml.safe_dump(config.model_dump(exclude_none=True), sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """safe_load that also reads 1e-3 as a number, as YAML 1.2 and every user do."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must hold a mapping of keys such as workers: 8; got {raw!r:.80}")
+    return raw
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list) else value
+
+
+def _override(raw: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    section = raw
+    for depth, parent in enumerate(parents):
+        if section.get(parent) is None:
+            section[parent] = {}
+        section = section[parent]
+        if not isinstance(section, dict):
+            path = ".".join(parents[: depth + 1])
+            raise UserError(f"cannot be set: {path} is {section!r}, not a section", key)
+    section[last] = _copy(value)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return value
+
+
+def _find_beside(raw: dict[str, Any], folder: Path) -> None:
+    topology = raw.get("topology")
+    name = topology.get("file") if isinstance(topology, dict) else None
+    if isinstance(name, str) and not Path(name).exists() and (folder / name).exists():
+        topology["file"] = str(folder / name)
+
+
+def _check_keys(raw: Mapping[str, Any], schema: type[BaseModel], path: str = "") -> None:
+    """Unknown keys, with the nearest known one: pydantic alone cannot say what is allowed."""
+    fields = schema.model_fields
+    for key, value in raw.items():
+        if key in fields:
+            section = _section_of(fields[key].annotation)
+            if section is not None and isinstance(value, Mapping):
+                _check_keys(value, section, f"{path}{key}.")
+        elif schema.model_config.get("extra") == "forbid":
+            close = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {path}{close[0]}? " if close else ""
+            raise UserError(f"is not a known key; {hint}allowed: {', '.join(fields)}", path + key)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    for kind in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None

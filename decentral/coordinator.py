@@ -1,0 +1,153 @@
+"""The coordinator: it owns the averaging schedule and the run, whichever engine carries it out.
+
+It hands the engine a segment at a time (up to the next global average, record, evaluation or the
+end), collects loss and consensus distance, tells the schedule what came of a global average,
+moves the clock, and makes the records.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from decentral.clock import Clock, bytes_per_second, compute_scale
+from decentral.engines import Engine
+from decentral.experiment import Experiment
+from decentral.records import Record
+from decentral.replica import Report, Segment, consensus_distance
+
+
+class Coordinator:
+    """Runs an experiment on an engine. `step` counts the steps finished."""
+
+    def __init__(self, experiment: Experiment, engine: Engine):
+        self._experiment = experiment
+        self._engine = engine
+        self._schedule = experiment.algorithm.schedule
+        self._clock = _clock(experiment, engine)
+        self._started = time.perf_counter()
+        self._seconds_before = 0.0  # of the runs that this one goes on from
+        self._recorded = _Mean()  # loss since the last record
+        self._averaged = _Mean()  # loss since the last global average
+        self.step = 0
+
+    def run(self) -> Iterator[Record | None]:
+        """Run to the end, yielding after each segment: its record, or None if it has none.
+
+        The caller may stop between two segments; all workers are then at `step`.
+        """
+        while self.step < self._experiment.config.steps:
+            segment = self._next_segment()
+            report = self._engine.run(segment)
+            self.step = segment.stop
+            steps = segment.stop - segment.start
+            self._recorded.add(report.loss, steps)
+            self._averaged.add(report.loss, steps)
+            for event in report.events:
+                self._clock.advance(event)
+            record = self._record(report) if segment.record else None
+            if segment.global_average:
+                self._schedule.observe(segment.stop - 1, self._averaged.take())
+            yield record
+
+    def _next_segment(self) -> Segment:
+        """From `step` to the nearest step that ends one: all but the last step are alike."""
+        config = self._experiment.config
+        average = self._schedule.next_average(self.step)
+        ends = {config.steps, _multiple_after(self.step, config.record.every)}
+        if average is not None:
+            ends.add(average + 1)
+        for every in (config.record.evaluate_every, config.checkpoint.every):
+            if every is not None:
+                ends.add(_multiple_after(self.step, every))
+        stop = min(ends)
+        return Segment(
+            start=self.step,
+            stop=stop,
+            between=self._experiment.algorithm.between,
+            global_average=average is not None and stop == average + 1,
+            record=self._evaluates(stop) or stop % config.record.every == 0,
+        )
+
+    def _evaluates(self, step: int) -> bool:
+        config = self._experiment.config
+        every = config.record.evaluate_every
+        return step == config.steps or (every is not None and step % every == 0)
+
+    def _record(self, report: Report) -> Record:
+        assert report.deviation is not None, "a segment that records measures the deviation"
+        record: Record = {
+            "step": self.step,
+            "loss": self._recorded.take(),
+            "consensus_distance": consensus_distance(report.deviation),
+            "period": self._schedule.period,
+            "lr": report.lr,
+            "bytes_sent": report.bytes_sent,
+            "time_s": self._seconds_before + time.perf_counter() - self._started,
+            "sim_time_s": self._clock.time_s,
+        }
+        if self._evaluates(self.step):
+            record.update(self._engine.evaluate())
+        return record
+
+    def state(self) -> dict[str, Any]:
+        """All that `restore` needs to go on from `step`, as plain numbers and lists."""
+        return {
+            "step": self.step,
+            "schedule": dict(self._schedule.state),
+            "clock": self._clock.now.tolist(),
+            "seconds": self._seconds_before + time.perf_counter() - self._started,
+            "recorded": self._recorded.state(),
+            "averaged": self._averaged.state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`; the engine's workers must be at the same step."""
+        self.step = state["step"]
+        self._schedule.state.update(state["schedule"])
+        self._clock.now = np.array(state["clock"])
+        self._seconds_before = state["seconds"]
+        self._recorded = _Mean(**state["recorded"])
+        self._averaged = _Mean(**state["averaged"])
+
+
+class _Mean:
+    """Mean training loss over workers and steps, since it was last taken."""
+
+    def __init__(self, total: float = 0.0, steps: int = 0):
+        self._total, self._steps = total, steps
+
+    def add(self, losses: np.ndarray, steps: int) -> None:
+        """`losses`: each worker's sum over `steps` steps."""
+        self._total += float(np.mean(losses))
+        self._steps += steps
+
+    def take(self) -> float:
+        mean = self._total / self._steps if self._steps else math.nan
+        self._total, self._steps = 0.0, 0
+        return mean
+
+    def state(self) -> dict[str, Any]:
+        return {"total": self._total, "steps": self._steps}
+
+
+def _clock(experiment: Experiment, engine: Engine) -> Clock:
+    network = experiment.config.network
+    n = experiment.config.workers
+    if network.compute_ms is None:
+        compute_s = engine.step_seconds()
+    else:
+        compute_s = np.full(n, network.compute_ms * 1e-3)
+    return Clock(
+        compute_s * compute_scale(experiment.topology, n),
+        network.latency_ms * 1e-3,
+        bytes_per_second(network.bandwidth_gbps),
+        experiment.topology,
+    )
+
+
+def _multiple_after(step: int, every: int) -> int:
+    """The first multiple of `every` after `step`."""
+    return step - step % every + every

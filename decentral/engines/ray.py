@@ -1,0 +1,213 @@
+"""The Ray engine: one actor a worker, on a local cluster of its own or one that it joins.
+
+Ray starts the workers and carries the coordinator's calls; tensors go from worker to worker
+through torch.distributed. The only module that imports ray.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from torch import Tensor
+
+from decentral.config import RayConfig
+from decentral.engines.worker import Worker
+from decentral.errors import StepError, UserError, WorkerError
+from decentral.experiment import Experiment
+from decentral.peer import PeerError
+from decentral.replica import Report, Segment
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+GRACE_S = 5.0  # after a first failure, to hear from the other workers which one was the cause
+
+
+class RayEngine:
+    """An Engine. `say` is told, line by line, what is being started."""
+
+    def __init__(self, experiment: Experiment, say: Callable[[str], None] = log.info):
+        self._experiment = experiment
+        self._actors: list[Any] = []
+        config = experiment.config
+        self._owns_cluster = _connect(config.ray, config.workers)
+        try:
+            _check_resources(config.ray, config.workers)
+            self._start(say)
+        except BaseException:
+            self.close()
+            raise
+
+    def step_seconds(self) -> np.ndarray:
+        return np.array(self._all("step_seconds"))
+
+    def run(self, segment: Segment) -> Report:
+        reports: list[Report] = self._all("run", segment, segment=segment)
+        return Report(
+            loss=np.concatenate([r.loss for r in reports]),
+            deviation=np.concatenate([r.deviation for r in reports if r.deviation is not None])
+            if segment.record
+            else None,
+            bytes_sent=sum(r.bytes_sent for r in reports),
+            events=reports[0].events,
+            lr=reports[0].lr,
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        values: list[dict[str, float]] = self._all("evaluate")
+        result = values[0]
+        if "eval_accuracy_workers" in result:
+            result["eval_accuracy_workers"] = float(
+                np.mean([v["eval_accuracy_workers"] for v in values])
+            )
+        return result
+
+    def average_model(self) -> dict[str, Tensor]:
+        return self._all("average_model")[0]
+
+    def save(self, folder: Path) -> None:
+        paths = [folder / f"worker-{rank}.pt" for rank in range(len(self._actors))]
+        self._each([actor.save.remote(path) for actor, path in zip(self._actors, paths, strict=True)])
+
+    def load(self, folder: Path) -> None:
+        paths = [folder / f"worker-{rank}.pt" for rank in range(len(self._actors))]
+        self._each([actor.load.remote(path) for actor, path in zip(self._actors, paths, strict=True)])
+
+    def close(self) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+        if self._owns_cluster:
+            self._owns_cluster = False
+            ray.shutdown()
+
+    def _start(self, say: Callable[[str], None]) -> None:
+        config = self._experiment.config
+        threads = max(1, int(config.ray.cpus_per_worker))
+        make = ray.remote(_Actor).options(
+            num_cpus=config.ray.cpus_per_worker,
+            num_gpus=config.ray.gpus_per_worker,
+            max_restarts=0,
+        )
+        settings = config.model_dump()
+        self._actors = [make.remote(settings, rank, threads) for rank in range(config.workers)]
+        self._nodes = self._all("node")
+        addresses = [address for address, _ in self._nodes]
+        nodes = len(set(addresses))
+        say(f"{config.workers} workers on {nodes} node{'s' if nodes > 1 else ''} of the Ray cluster")
+        port = self._get(self._actors[0].listen.remote(addresses[0]))
+        self._each(
+            [
+                actor.connect.remote(addresses[0], port, address)
+                for actor, address in zip(self._actors, addresses, strict=True)
+            ]
+        )
+
+    def _all(self, method: str, *arguments: Any, segment: Segment | None = None) -> list[Any]:
+        """Call a method of all workers and wait for all."""
+        calls = [getattr(actor, method).remote(*arguments) for actor in self._actors]
+        return self._each(calls, segment)
+
+    def _get(self, call: Any) -> Any:
+        return self._each([call])[0]
+
+    def _each(self, calls: list[Any], segment: Segment | None = None) -> list[Any]:
+        try:
+            return ray.get(calls)
+        except (RayActorError, RayTaskError):
+            raise self._failure(calls, segment) from None
+
+    def _failure(self, calls: list[Any], segment: Segment | None) -> WorkerError:
+        """Which worker was the cause: a dead one, else one with an error of its own, else one
+        that lost a neighbour. The others' errors only follow from it."""
+        dead: dict[int, str] = {}
+        errors: dict[int, Exception] = {}
+        ray.wait(calls, num_returns=len(calls), timeout=GRACE_S)
+        for rank, call in enumerate(calls):
+            try:
+                ray.get(call, timeout=0)
+            except GetTimeoutError:
+                continue
+            except RayActorError as error:
+                dead[rank] = str(error).strip().split("\n")[0]
+            except RayTaskError as error:
+                errors[rank] = error.cause if isinstance(error.cause, Exception) else error
+        own = {r: e for r, e in errors.items() if not isinstance(e, PeerError)}
+        lost = [e for e in errors.values() if isinstance(e, PeerError)]
+        if dead:
+            return WorkerError("; ".join(self._died(rank, lost, segment) for rank in sorted(dead)))
+        if own:
+            rank, error = min(own.items())
+            if isinstance(error, StepError):
+                return WorkerError(f"worker {rank} failed at step {error.step}: {error.reason}")
+            return WorkerError(f"worker {rank} failed: {type(error).__name__}: {error}")
+        first = min(lost, key=lambda e: e.step)
+        whom = f"worker {first.peer}" if first.peer is not None else "the other workers"
+        return WorkerError(
+            f"worker {first.rank} lost the connection to {whom} at step {first.step}: {first.reason}"
+        )
+
+    def _died(self, rank: int, lost: list[PeerError], segment: Segment | None) -> str:
+        address, pid = self._nodes[rank] if self._nodes else ("unknown", 0)
+        where = f"worker {rank} (process {pid} on node {address}) died"
+        told = [e.step for e in lost if e.peer == rank] or [e.step for e in lost]
+        if told:
+            return f"{where} at step {min(told)}"
+        if segment is not None:
+            return f"{where} in steps {segment.start} to {segment.stop - 1}"
+        return f"{where} before the first step" if not self._nodes else where
+
+    _nodes: list[tuple[str, int]] = []
+
+
+class _Actor(Worker):
+    """A Worker that knows where Ray put it."""
+
+    def node(self) -> tuple[str, int]:
+        """Address of the Ray node, and process id."""
+        return ray.util.get_node_ip_address(), os.getpid()
+
+
+def _connect(config: RayConfig, workers: int) -> bool:
+    """Join a cluster, or start a local one: returns whether it is ours to shut down."""
+    if ray.is_initialized():
+        return False
+    if config.address is not None:
+        try:
+            ray.init(address=config.address, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            raise UserError(
+                f"there is no Ray cluster at {config.address!r} ({error}); start one with"
+                " `ray start --head`, or take ray.address away for a local one",
+                "ray.address",
+            ) from None
+        return True
+    # More logical CPUs than there are: a laptop may hold more workers than it has cores.
+    cpus = max(os.cpu_count() or 1, math.ceil(workers * config.cpus_per_worker))
+    ray.init(
+        address="local",
+        num_cpus=cpus,
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        object_store_memory=128 * 2**20,
+    )
+    return True
+
+
+def _check_resources(config: RayConfig, workers: int) -> None:
+    """Raise UserError if the cluster cannot hold the workers; else Ray would wait for ever."""
+    total = ray.cluster_resources()
+    for resource, each in (("CPU", config.cpus_per_worker), ("GPU", config.gpus_per_worker)):
+        there = total.get(resource, 0.0)
+        if workers * each > there:
+            raise UserError(
+                f"{workers} workers x {each:g} {resource} asked, the cluster has {there:g};"
+                f" lower workers or ray.{resource.lower()}s_per_worker, or add nodes",
+                f"ray.{resource.lower()}s_per_worker",
+            )

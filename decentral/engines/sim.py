@@ -1,0 +1,72 @@
+"""The simulator: all workers in one process, stacked along the first axis of every tensor."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from decentral.comm import StackedComm
+from decentral.evaluation import evaluate, evaluate_each
+from decentral.experiment import Experiment
+from decentral.gradients import FlatModel, StackedGradient
+from decentral.replica import Replica, Report, Segment
+from decentral.timing import step_seconds
+
+
+class Simulator:
+    """An Engine. One Replica holds [n, D]; mixing is a matrix product."""
+
+    def __init__(self, experiment: Experiment):
+        config = experiment.config
+        self._experiment = experiment
+        self._model = FlatModel(
+            copy.deepcopy(experiment.task.model), experiment.dtype, config.sim.device
+        )
+        n = config.workers
+        matrices = experiment.topology.matrices if experiment.topology else ()
+        self.replica = Replica(
+            StackedGradient(
+                self._model, experiment.task, experiment.sampler(list(range(n))), n
+            ),
+            experiment.algorithm.rule,
+            StackedComm(n, matrices, experiment.dtype, config.sim.device),
+            experiment.make_optimizer,
+            experiment.make_scheduler,
+        )
+
+    def step_seconds(self) -> np.ndarray:
+        return np.full(self._experiment.config.workers, step_seconds(self._experiment))
+
+    def run(self, segment: Segment) -> Report:
+        return self.replica.run(segment)
+
+    def evaluate(self) -> dict[str, float]:
+        task = self._experiment.task
+        if task.test is None:
+            return {}
+        mean = evaluate(self._model, task, *self._mean())
+        values = {"eval_loss": mean.loss}
+        if mean.accuracy is not None:
+            values["eval_accuracy"] = mean.accuracy
+            each = evaluate_each(self._model, task, self.replica.x, self.replica.buffers)[1]
+            assert each is not None
+            values["eval_accuracy_workers"] = each.mean().item()
+        return values
+
+    def average_model(self) -> dict[str, Tensor]:
+        return self._model.state_dict(*self._mean())
+
+    def save(self, folder: Path) -> None:
+        torch.save(self.replica.state_dict(), folder / "workers.pt")
+
+    def load(self, folder: Path) -> None:
+        state = torch.load(folder / "workers.pt", map_location="cpu", weights_only=True)
+        self.replica.load_state_dict(state)
+
+    def close(self) -> None:
+        pass
+
+    def _mean(self) -> tuple[Tensor, Tensor]:
+        return self.replica.x.mean(dim=0), self.replica.buffers.mean(dim=0)

@@ -1,0 +1,164 @@
+"""One worker of a cluster: builds its part of the experiment, runs segments, reports.
+
+A plain class over torch.distributed, without Ray: the Ray engine makes it an actor, and a test
+can run it in any process.
+"""
+
+import os
+import socket
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from decentral.config import Config
+from decentral.errors import StepError
+from decentral.evaluation import evaluate
+from decentral.experiment import build
+from decentral.gradients import FlatModel, ModuleGradient
+from decentral.peer import PeerComm
+from decentral.replica import Replica, Report, Segment
+from decentral.timing import step_seconds
+
+
+class Worker:
+    """Worker `rank` of the run that `config` describes. `connect` comes before all but `port`."""
+
+    def __init__(self, config: dict[str, Any], rank: int, threads: int):
+        torch.set_num_threads(threads)
+        self._experiment = build(Config.model_validate(config))
+        self._rank = rank
+        self._n = self._experiment.config.workers
+        gpus = self._experiment.config.ray.gpus_per_worker
+        self._device = "cuda" if gpus > 0 else "cpu"
+        # NCCL refuses two ranks on one card, so workers that share one exchange through gloo.
+        self._backend = "nccl" if gpus >= 1 else "gloo"
+        self._model = FlatModel(self._experiment.task.model, self._experiment.dtype, self._device)
+        self._store: dist.TCPStore | None = None
+        self._replica: Replica | None = None
+
+    def step_seconds(self) -> float:
+        """Measured seconds of a local step."""
+        return step_seconds(self._experiment, self._device)
+
+    def listen(self, address: str) -> int:
+        """Open the store at which the workers meet, on this node's `address`; returns its port.
+
+        Called on worker 0 alone, before all workers `connect`.
+        """
+        self._store = dist.TCPStore(
+            address, 0, self._n, is_master=True, wait_for_workers=False, timeout=self._timeout
+        )
+        return self._store.port
+
+    def connect(self, address: str, port: int, own_address: str) -> None:
+        """Meet the other workers at address:port and open the process groups."""
+        interface = interface_of(own_address)
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
+        if self._store is None:
+            self._store = dist.TCPStore(address, port, self._n, timeout=self._timeout)
+        dist.init_process_group(
+            self._backend,
+            store=self._store,
+            rank=self._rank,
+            world_size=self._n,
+            timeout=self._timeout,
+        )
+        up = down = None
+        if self._backend == "gloo" and self._experiment.algorithm.needs_topology and self._n > 1:
+            up, down = dist.new_group(), dist.new_group()
+        if self._backend == "nccl":
+            # NCCL opens its connections at the first collective; point to point needs them.
+            dist.all_reduce(torch.zeros(1, device=self._device))
+        experiment = self._experiment
+        self._replica = Replica(
+            ModuleGradient(self._model, experiment.task, experiment.sampler([self._rank])),
+            experiment.algorithm.rule,
+            PeerComm(experiment.topology, up=up, down=down),
+            experiment.make_optimizer,
+            experiment.make_scheduler,
+        )
+
+    def run(self, segment: Segment) -> Report:
+        """Run a segment. Raises StepError if it cannot be finished."""
+        replica = self._joined
+        try:
+            return replica.run(segment)
+        except StepError:
+            # Closing the connections at once tells the neighbours, and theirs in turn.
+            self.leave()
+            raise
+        except Exception as error:
+            self.leave()
+            reason = "".join(traceback.format_exception_only(error)).strip()
+            raise StepError(self._rank, replica.step, reason) from error
+
+    def evaluate(self) -> dict[str, float]:
+        """Own accuracy, and on worker 0 loss and accuracy of the averaged model."""
+        task = self._experiment.task
+        x, buffers = self._mean()
+        values = {}
+        if task.test is not None and self._rank == 0:
+            mean = evaluate(self._model, task, x, buffers)
+            values["eval_loss"] = mean.loss
+            if mean.accuracy is not None:
+                values["eval_accuracy"] = mean.accuracy
+        if task.test is not None and task.accuracy is not None:
+            own = evaluate(self._model, task, self._joined.x, self._joined.buffers)
+            assert own.accuracy is not None
+            values["eval_accuracy_workers"] = own.accuracy
+        return values
+
+    def average_model(self) -> dict[str, Tensor] | None:
+        """The averaged model's state_dict from worker 0; all workers must call it."""
+        x, buffers = self._mean()
+        return self._model.state_dict(x, buffers) if self._rank == 0 else None
+
+    def save(self, path: Path) -> None:
+        """Write this worker's state to a file."""
+        torch.save(self._joined.state_dict(), path)
+
+    def load(self, path: Path) -> None:
+        """Go on from a state that `save` wrote."""
+        self._joined.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+    def leave(self) -> None:
+        """Close all connections to other workers."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _mean(self) -> tuple[Tensor, Tensor]:
+        replica = self._joined
+        means = []
+        for tensor in (replica.x, replica.buffers):
+            empty = tensor.numel() == 0
+            means.append(
+                tensor if empty else replica.comm.mean(tensor, replica.step, counted=False)
+            )
+        return means[0], means[1]
+
+    @property
+    def _joined(self) -> Replica:
+        assert self._replica is not None, "connect comes first"
+        return self._replica
+
+    @property
+    def _timeout(self) -> timedelta:
+        return timedelta(seconds=self._experiment.config.ray.timeout_s)
+
+
+def interface_of(address: str) -> str:
+    """The network interface that carries `address`.
+
+    Left to themselves, gloo and NCCL take whatever the host name resolves to, which is often
+    the loopback interface: then a group over several hosts cannot connect.
+    """
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(a.family in (socket.AF_INET, socket.AF_INET6) and a.address == address for a in addresses):
+            return interface
+    raise RuntimeError(f"no network interface of {socket.gethostname()} carries {address}")

@@ -1,0 +1,192 @@
+"""From a config to the checked parts of a run. Nothing starts before `build` has returned.
+
+Both engines build the same experiment from the same config: the simulator once, the Ray engine
+once in the driver, to check, and once on each worker.
+"""
+
+import copy
+import importlib
+import math
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from decentral import topology as topologies
+from decentral.algorithms import PRESETS, Algorithm
+from decentral.config import Config
+from decentral.errors import UserError
+from decentral.gradients import FlatModel, ModuleGradient
+from decentral.optimizers import (
+    MakeOptimizer,
+    MakeScheduler,
+    check_schedule,
+    lr_schedule,
+    optimizer,
+)
+from decentral.signature import bind, choose
+from decentral.tasks import PARTITIONS, TASKS, Sampler, Task, labels
+from decentral.topology import Topology
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Experiment:
+    """What a run consists of; `shards` are the workers' indices into `task.train`."""
+
+    config: Config
+    topology: Topology | None
+    algorithm: Algorithm
+    task: Task
+    shards: list[Tensor]
+    make_optimizer: MakeOptimizer
+    make_scheduler: MakeScheduler | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.config.dtype]
+
+    def sampler(self, workers: list[int]) -> Sampler:
+        """What draws the batches of these workers."""
+        task = self.config.task
+        return Sampler(self.shards, task.batch_size, self.config.seed, task.sampling, workers)
+
+
+def build(config: Config) -> Experiment:
+    """Build and check every part of the run that `config` describes.
+
+    Raises UserError, naming the key, if any part is wrong or the parts do not fit.
+    """
+    algorithm = _algorithm(config)
+    topology = _topology(config, algorithm)
+    make_optimizer = optimizer(config.optimizer.name, config.optimizer.options)
+    make_scheduler = None
+    if config.lr_schedule is not None:
+        make_scheduler = lr_schedule(config.lr_schedule.name, config.lr_schedule.options)
+        check_schedule(make_scheduler, make_optimizer, config.steps)
+    if config.engine == "sim" and config.sim.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no CUDA device here; set sim.device: cpu", "sim.device")
+    task = _task(config)
+    experiment = Experiment(
+        config, topology, algorithm, task, _shards(config, task), make_optimizer, make_scheduler
+    )
+    _try_first_batch(experiment)
+    return experiment
+
+
+def _algorithm(config: Config) -> Algorithm:
+    preset = choose(PRESETS, config.algorithm.name, "algorithm.name", "algorithm")
+    return preset(**bind(preset, config.algorithm.options, "algorithm"))
+
+
+def _topology(config: Config, algorithm: Algorithm) -> Topology | None:
+    chosen = config.topology
+    if chosen is None:
+        if algorithm.needs_topology:
+            raise UserError(
+                f"{config.algorithm.name} averages over a graph; set topology.name or"
+                " topology.file",
+                "topology",
+            )
+        return None
+    topology = topologies.build(
+        config.workers, chosen.name, chosen.file, chosen.weights, **chosen.options
+    )
+    if algorithm.needs_topology and algorithm.rule.requires == "doubly stochastic":
+        topologies.require_doubly_stochastic(topology, config.algorithm.name)
+    return topology
+
+
+def _task(config: Config) -> Task:
+    name = config.task.name
+    builtin = ":" not in name
+    if builtin:
+        make: Callable[..., Any] = choose(TASKS, name, "task.name", "task")
+    else:
+        make = _import(name)
+    options = bind(make, config.task.options, "task", given=("workers", "seed"), name=name)
+    try:
+        task = make(workers=config.workers, seed=config.seed, **options)
+    except UserError:
+        raise
+    except Exception as error:
+        if builtin:
+            raise
+        raise UserError(f"{name} failed: {_where(error)}", "task.name") from error
+    if not isinstance(task, Task):
+        raise UserError(f"{name} must return a decentral.Task; it returned {task!r:.80}", "task.name")
+    if not any(p.requires_grad for p in task.model.parameters()):
+        raise UserError(f"the model of {name} has no parameter that trains", "task.name")
+    return task
+
+
+def _import(path: str) -> Callable[..., Any]:
+    module_name, _, attribute = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"cannot import {path!r}: {error}; a task of your own is module:function, with the"
+            " module in the working directory or installed",
+            "task.name",
+        ) from None
+    except Exception as error:
+        raise UserError(f"importing {module_name} failed: {_where(error)}", "task.name") from error
+    make = getattr(module, attribute, None)
+    if not callable(make):
+        raise UserError(f"{module_name} has no function {attribute!r}", "task.name")
+    return make
+
+
+def _shards(config: Config, task: Task) -> list[Tensor]:
+    partition = config.task.partition
+    if task.shards is not None:
+        if partition is not None:
+            raise UserError(
+                f"{config.task.name} gives each worker its own data; take task.partition away",
+                "task.partition",
+            )
+        if len(task.shards) != config.workers:
+            raise UserError(
+                f"{config.task.name} has {len(task.shards)} shards for {config.workers} workers",
+                "task.name",
+            )
+        return list(task.shards)
+    kind = partition.kind if partition is not None else "iid"
+    options = partition.options if partition is not None else {}
+    split = choose(PARTITIONS, kind, "task.partition.kind", "partition")
+    bound = bind(split, options, "task.partition", given=("labels", "workers", "seed"), name=kind)
+    return split(_partition_labels(kind, task), config.workers, config.seed, **bound)
+
+
+def _partition_labels(kind: str, task: Task) -> Tensor:
+    if kind == "iid":
+        return torch.zeros(len(task.train), dtype=torch.int64)  # type: ignore[arg-type]
+    return labels(task.train)
+
+
+def _try_first_batch(experiment: Experiment) -> None:
+    """One forward and backward pass of worker 0: what cannot run fails here, by name."""
+    name = experiment.config.task.name
+    model = FlatModel(copy.deepcopy(experiment.task.model), experiment.dtype)
+    gradient = ModuleGradient(model, experiment.task, experiment.sampler([0]))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            loss = gradient(0)
+    except Exception as error:
+        raise UserError(f"{name} fails on its first batch: {_where(error)}", "task.name") from error
+    if loss.dim() != 0:
+        shape = tuple(loss.shape)
+        raise UserError(f"the loss of {name} must be a scalar; its shape is {shape}", "task.name")
+    if not math.isfinite(loss.item()):
+        raise UserError(f"the loss of {name} is {loss.item()} at the start", "task.name")
+
+
+def _where(error: Exception) -> str:
+    """What a user's own code raised, and the line that raised it."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"

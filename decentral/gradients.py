@@ -1,0 +1,195 @@
+"""Where gradients come from: the task's loss on a worker's own batch, over a flat buffer.
+
+`ModuleGradient` is one worker: the module's parameters are views into [D], and it runs the plain
+forward and backward pass. `StackedGradient` is all workers of the simulator: one forward and
+backward pass over [n, D] through torch.func.vmap. Replica is the caller of both.
+"""
+
+import logging
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from decentral.tasks import Sampler, Task, fetch
+
+log = logging.getLogger(__name__)
+
+# Stacked convolutions become one grouped convolution, which slows down with many groups.
+CHUNK_WORKERS_WITH_CONVOLUTIONS = 16
+
+
+class Layout:
+    """Where named tensors lie in a flat buffer's last axis, one after another."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self.size = sum(tensor.numel() for tensor in tensors.values())
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """Name -> view of `flat`, [..., D] -> [..., *shape]."""
+        views, start = {}, 0
+        for name, shape in self.shapes.items():
+            stop = start + math.prod(shape)
+            views[name] = flat[..., start:stop].unflatten(-1, shape or (1,))
+            if not shape:
+                views[name] = views[name].squeeze(-1)
+            start = stop
+        return views
+
+    def flatten(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """The tensors' values in a new buffer, [D]."""
+        flat = torch.empty(self.size, dtype=dtype)
+        for name, view in self.views(flat).items():
+            view.copy_(tensors[name].detach())
+        return flat
+
+
+class FlatModel:
+    """A module whose trainable parameters, and float buffers, live in flat vectors.
+
+    `parameters` and `buffers` say where; a shared parameter is there once, a frozen one not at
+    all. Integer buffers, such as counters, stay in the module: they are never averaged.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype, device: str = "cpu"):
+        self.module = module.to(device=device, dtype=dtype).train()
+        self.dtype = dtype
+        self.device = device
+        self.takes_vmap = True  # until somebody finds that it does not
+        trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        floating = {name: b for name, b in module.named_buffers() if b.is_floating_point()}
+        self.parameters = Layout(trainable)
+        self.buffers = Layout(floating)
+        self.x = self.parameters.flatten(trainable, dtype).to(device)  # [D], as initialised
+        self.b = self.buffers.flatten(floating, dtype).to(device)  # [B]
+
+    def __call__(
+        self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], inputs: list[Tensor]
+    ) -> Tensor:
+        """The module's output with these parameters and buffers in the place of its own."""
+        return functional_call(self.module, (parameters, buffers), tuple(inputs))
+
+    def cast(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """A batch on the model's device; floating-point tensors in its dtype."""
+        return tuple(
+            tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+            for tensor in batch
+        )
+
+    def state_dict(self, x: Tensor, buffers: Tensor) -> dict[str, Tensor]:
+        """The module's state_dict, on the CPU, with x [D] and buffers [B] filled in."""
+        views = self.parameters.views(x) | self.buffers.views(buffers)
+        tied = {id(p): views[name] for name, p in self.module.named_parameters() if name in views}
+        state = {}
+        for name, own in self.module.state_dict(keep_vars=True).items():
+            value = views.get(name, tied.get(id(own), own))
+            state[name] = value.detach().cpu().clone()
+        return state
+
+
+class ModuleGradient:
+    """One worker. The module is trained in place: its parameters and buffers become views."""
+
+    def __init__(self, model: FlatModel, task: Task, sampler: Sampler):
+        self._model, self._task, self._sampler = model, task, sampler
+        self.parameters = model.x.clone()
+        self.buffers = model.b.clone()
+        self.value = torch.zeros_like(self.parameters)
+        gradients = model.parameters.views(self.value)
+        for name, view in model.parameters.views(self.parameters).items():
+            parameter = model.module.get_parameter(name)
+            parameter.data = view
+            parameter.grad = gradients[name]
+        for name, view in model.buffers.views(self.buffers).items():
+            model.module.get_buffer(name).data = view
+
+    def __call__(self, step: int) -> Tensor:
+        batch = self._model.cast(fetch(self._task.train, self._sampler.indices(step)))
+        *inputs, target = (tensor[0] for tensor in batch)
+        self.value.zero_()
+        with torch.enable_grad():
+            loss = self._task.loss(self._model.module(*inputs), target)
+            loss.backward()
+        return loss.detach()
+
+
+class StackedGradient:
+    """All n workers at once, [n, D]. All start from the same model.
+
+    Gradients are taken with respect to per-layer views of the flat buffer, so that autograd
+    never sees the flat tensor. A model that vmap cannot take falls back to a loop over workers,
+    with one line in the log.
+    """
+
+    def __init__(self, model: FlatModel, task: Task, sampler: Sampler, n: int):
+        self._model, self._task, self._sampler = model, task, sampler
+        self.parameters = model.x.repeat(n, 1)
+        self.buffers = model.b.repeat(n, 1)
+        self.value = torch.zeros_like(self.parameters)
+        self._parameters = model.parameters.views(self.parameters)
+        self._gradients = model.parameters.views(self.value)
+        self._buffers = model.buffers.views(self.buffers) | {
+            name: buffer.detach().expand(n, *buffer.shape).clone()
+            for name, buffer in model.module.named_buffers()
+            if not buffer.is_floating_point()
+        }
+        self._stacked = vmap(self._loss, randomness="different")
+        model.takes_vmap = self._takes_vmap()
+        convolves = any(isinstance(m, nn.modules.conv._ConvNd) for m in model.module.modules())
+        chunk = CHUNK_WORKERS_WITH_CONVOLUTIONS if convolves else n
+        self._chunk = min(n, chunk) if model.takes_vmap else 1
+
+    def __call__(self, step: int) -> Tensor:
+        batch = self._batch(step)
+        losses = []
+        for rows in torch.arange(len(self.parameters)).split(self._chunk):
+            rows = slice(int(rows[0]), int(rows[-1]) + 1)
+            leaves = {
+                name: view[rows].detach().requires_grad_()
+                for name, view in self._parameters.items()
+            }
+            buffers = {name: view[rows] for name, view in self._buffers.items()}
+            with torch.enable_grad():
+                loss = self._losses(leaves, buffers, tuple(tensor[rows] for tensor in batch))
+                gradients = torch.autograd.grad(
+                    loss.sum(), tuple(leaves.values()), materialize_grads=True
+                )
+            for view, gradient in zip(self._gradients.values(), gradients, strict=True):
+                view[rows].copy_(gradient)
+            losses.append(loss.detach())
+        return torch.cat(losses)
+
+    def _batch(self, step: int) -> tuple[Tensor, ...]:
+        return self._model.cast(fetch(self._task.train, self._sampler.indices(step)))
+
+    def _losses(
+        self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], batch: tuple[Tensor, ...]
+    ) -> Tensor:
+        if self._model.takes_vmap:
+            return self._stacked(parameters, buffers, batch)
+        parameters, buffers = (
+            {name: view[0] for name, view in views.items()} for views in (parameters, buffers)
+        )
+        return self._loss(parameters, buffers, tuple(tensor[0] for tensor in batch)).unsqueeze(0)
+
+    def _loss(
+        self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], batch: tuple[Tensor, ...]
+    ) -> Tensor:
+        *inputs, target = batch
+        return self._task.loss(self._model(parameters, buffers, inputs), target)
+
+    def _takes_vmap(self) -> bool:
+        """Try one worker's batch, on copies: the reason for a refusal is said once in the log."""
+        parameters, buffers = (
+            {name: view[:1].clone() for name, view in views.items()}
+            for views in (self._parameters, self._buffers)
+        )
+        try:
+            self._stacked(parameters, buffers, tuple(tensor[:1] for tensor in self._batch(0)))
+        except (RuntimeError, NotImplementedError) as error:
+            reason = str(error).strip().split("\n")[0]
+            log.warning("vmap cannot take this model, so workers run one by one: %s", reason)
+            return False
+        return True

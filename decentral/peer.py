@@ -1,0 +1,114 @@
+"""One worker's door to the network, over torch.distributed: the other side of comm.py."""
+
+import torch
+import torch.distributed as dist
+from scipy.sparse import csr_array
+from torch import Tensor
+
+from decentral.comm import Event, accumulation_dtype, all_reduce_bytes, nbytes
+from decentral.errors import StepError
+from decentral.topology import Topology
+
+
+class PeerError(StepError):
+    """An exchange failed: `peer` is the worker at its other end, None for an all-reduce."""
+
+    def __init__(self, rank: int, step: int, peer: int | None, reason: str):
+        super().__init__(rank, step, reason)
+        self.peer = peer
+
+    def __reduce__(self):
+        return PeerError, (self.rank, self.step, self.peer, self.reason)
+
+
+class PeerComm:
+    """One worker of n; neighbours exchange whole buffers point to point.
+
+    A gloo connection between two ranks is half-duplex in practice, so two groups carry the
+    messages: `up` those to a higher rank, `down` those to a lower one. On NCCL pass the same
+    group twice. Buffers on a GPU are staged through host memory where the backend is gloo.
+    """
+
+    def __init__(
+        self,
+        topology: Topology | None,
+        everyone: dist.ProcessGroup | None = None,
+        up: dist.ProcessGroup | None = None,
+        down: dist.ProcessGroup | None = None,
+    ):
+        self.rank = dist.get_rank(everyone)
+        self.n = dist.get_world_size(everyone)
+        self.bytes_sent = 0
+        self.events: list[Event] = []
+        self._everyone, self._up, self._down = everyone, up, down
+        self._host = dist.get_backend(everyone) == "gloo"
+        self._plans = [_exchange_plan(w, self.rank) for w in topology.matrices] if topology else []
+        self._received: dict[int, Tensor] = {}
+
+    def mix_(self, x: Tensor, step: int) -> None:
+        own_weight, heard, hearers = self._plans[step % len(self._plans)]
+        message = x.cpu() if self._host else x
+        received = {peer: self._buffer(peer, message) for peer in heard}
+        # Receives first: a message that finds its buffer waiting needs no copy.
+        operations = [
+            dist.P2POp(dist.irecv, received[peer], peer, self._from(peer)) for peer in heard
+        ] + [dist.P2POp(dist.isend, message, peer, self._to(peer)) for peer in hearers]
+        self._exchange(operations, step)
+        mixed = x.to(accumulation_dtype(x.dtype)) * own_weight
+        for peer, weight in heard.items():
+            mixed.add_(received[peer].to(mixed), alpha=weight)
+        x.copy_(mixed)
+        self.bytes_sent += len(hearers) * nbytes(x)
+        self.events.append(Event("neighbours", step, nbytes(x)))
+
+    def mean(self, x: Tensor, step: int, counted: bool = True) -> Tensor:
+        total = x.to("cpu" if self._host else x.device, accumulation_dtype(x.dtype), copy=True)
+        try:
+            dist.all_reduce(total, group=self._everyone)
+        except RuntimeError as error:
+            raise PeerError(self.rank, step, None, str(error)) from error
+        if counted:
+            # This worker's share, so that the shares of all add up to the whole exactly.
+            whole = all_reduce_bytes(nbytes(x), self.n)
+            self.bytes_sent += whole * (self.rank + 1) // self.n - whole * self.rank // self.n
+            self.events.append(Event("everyone", step, nbytes(x)))
+        return total.div_(self.n).to(x.device)
+
+    def _exchange(self, operations: list[dist.P2POp], step: int) -> None:
+        peer = None
+        try:
+            if not self._host:
+                for work in dist.batch_isend_irecv(operations) if operations else []:
+                    work.wait()
+                return
+            works = []
+            for operation in operations:
+                peer = operation.peer
+                works.append(operation.op(operation.tensor, peer, operation.group))
+            for operation, work in zip(operations, works, strict=True):
+                peer = operation.peer
+                work.wait()
+        except RuntimeError as error:
+            raise PeerError(self.rank, step, peer, str(error)) from error
+
+    def _to(self, peer: int) -> dist.ProcessGroup | None:
+        return self._up if peer > self.rank else self._down
+
+    def _from(self, peer: int) -> dist.ProcessGroup | None:
+        return self._down if peer > self.rank else self._up
+
+    def _buffer(self, peer: int, like: Tensor) -> Tensor:
+        buffer = self._received.get(peer)
+        if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype:
+            buffer = self._received[peer] = torch.empty_like(like)
+        return buffer
+
+
+def _exchange_plan(matrix: csr_array, rank: int) -> tuple[float, dict[int, float], list[int]]:
+    """Own weight, {peer heard: weight}, and the peers that hear this worker, from W."""
+    row = matrix[[rank], :].tocoo()
+    heard = {int(j): float(w) for j, w in zip(row.col, row.data, strict=True)}
+    own_weight = heard.pop(rank, 0.0)
+    column = matrix[:, [rank]].tocoo()
+    hearers = sorted(int(i) for i in column.row if i != rank)
+    return own_weight, dict(sorted(heard.items())), hearers

@@ -1,0 +1,136 @@
+"""The run directory: config.yaml, split.npz, metrics.jsonl, summary.json, model.pt, checkpoints/.
+
+The coordinator writes it, whichever engine runs. Every line of metrics.jsonl is flushed as it is
+written, so a run that fails keeps the records so far.
+"""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from decentral.config import Config, dump
+from decentral.errors import UserError
+
+Record = dict[str, float | int | None]
+
+
+def check(path: Path) -> None:
+    """Raise UserError if `path` holds a run, or no run directory can be made there.
+
+    Leaves nothing behind.
+    """
+    if (path / "config.yaml").exists() or (path / "metrics.jsonl").exists():
+        raise UserError(
+            f"{path} holds a run; take another folder, or go on with it: --resume {path}", "--out"
+        )
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write {path}: {reason}; take another folder", "--out") from None
+    finally:
+        for folder in made:
+            if folder.is_dir():
+                folder.rmdir()
+
+
+class RunDirectory:
+    """Writes the files of one run; `started` once it holds any."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.started = False
+        self._metrics: IO[str] | None = None
+
+    def start(self, config: Config, shards: Sequence[Tensor], step: int) -> list[Record]:
+        """Write the resolved config and the split, and open the metrics after step `step`.
+
+        Returns the records up to there: none for a new run. Later ones, of a run that went on
+        beyond its checkpoint, are dropped; they will come again.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.started = True
+        write_atomically(self.path / "config.yaml", dump(config).encode())
+        sizes = np.array([len(shard) for shard in shards])
+        with _atomic(self.path / "split.npz") as file:
+            np.savez(file, indices=torch.cat(list(shards)).numpy(), sizes=sizes)
+        metrics = self.path / "metrics.jsonl"
+        rows = [row for row in read(metrics) if row["step"] <= step] if step else []
+        write_atomically(metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        self._metrics = open(metrics, "a", encoding="utf-8")  # noqa: SIM115
+        return rows
+
+    def append(self, record: Record) -> None:
+        """One line of metrics.jsonl."""
+        assert self._metrics is not None, "start comes before append"
+        self._metrics.write(json.dumps(_finite(record)) + "\n")
+        self._metrics.flush()
+
+    def finish(self, summary: Mapping[str, Any], model: Mapping[str, Tensor] | None) -> None:
+        """Write summary.json, and model.pt if there is a model; close the metrics."""
+        if self._metrics is not None:
+            self._metrics.close()
+        text = json.dumps(_finite(summary), indent=2) + "\n"
+        write_atomically(self.path / "summary.json", text.encode())
+        if model is not None:
+            with _atomic(self.path / "model.pt") as file:
+                torch.save(dict(model), file)
+
+
+def read(metrics: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line that was cut off is left out."""
+    rows = []
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all."""
+    with _atomic(path) as file:
+        file.write(content)
+
+
+class _atomic:
+    """A binary file that takes its name only once it is complete and on the disk."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._partial = path.with_name(f".{path.name}.partial")
+
+    def __enter__(self) -> IO[bytes]:
+        self._file = open(self._partial, "wb")  # noqa: SIM115
+        return self._file
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._file.close()
+        if kind is None:
+            os.replace(self._partial, self._path)
+        else:
+            self._partial.unlink(missing_ok=True)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

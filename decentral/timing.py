@@ -1,0 +1,32 @@
+"""How long one worker's local step takes on this machine: what the clock reckons with."""
+
+import copy
+import statistics
+import time
+
+import torch
+
+from decentral.experiment import Experiment
+from decentral.gradients import FlatModel, ModuleGradient
+
+WARM_UP = 2
+REPEATS = 5
+
+
+def step_seconds(experiment: Experiment, device: str = "cpu") -> float:
+    """Median seconds of a batch drawn, its gradient and an optimizer step, on a copy."""
+    model = FlatModel(copy.deepcopy(experiment.task.model), experiment.dtype, device)
+    gradient = ModuleGradient(model, experiment.task, experiment.sampler([0]))
+    x = gradient.parameters
+    stepper = experiment.make_optimizer([x])
+    x.grad = gradient.value
+    seconds = []
+    with torch.random.fork_rng(devices=[]):
+        for step in range(WARM_UP + REPEATS):
+            start = time.perf_counter()
+            gradient(step)
+            stepper.step()
+            if device != "cpu":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[WARM_UP:])

@@ -1,0 +1,89 @@
+"""Both sides of the door to the network do the same mixing, and count the same bytes."""
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from processes import run_on_ranks
+
+from decentral import topology as topologies
+from decentral.comm import StackedComm, all_reduce_bytes
+from decentral.peer import PeerComm
+
+CASES = [
+    ("ring", {}),
+    ("path", {}),
+    ("star", {}),
+    ("complete", {}),
+    ("exponential", {}),
+    ("one_peer_exponential", {}),
+]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+def start(n, dtype):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(n, 7, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def mix_on_peer(rank, n):
+    """Three steps of every case and dtype, and a mean, as this rank sees them."""
+    up, down = dist.new_group(), dist.new_group()
+    seen = {}
+    for name, options in CASES:
+        for dtype in DTYPES:
+            comm = PeerComm(topologies.build(n, name, **options), up=up, down=down)
+            x = start(n, dtype)[rank].clone()
+            for step in range(3):
+                comm.mix_(x, step)
+            mean = comm.mean(x, 3)
+            uncounted = comm.mean(x, 3, counted=False)
+            assert torch.equal(mean, uncounted)
+            seen[name, str(dtype)] = (
+                x.double().numpy(), mean.double().numpy(), comm.bytes_sent, list(comm.events)
+            )
+    return seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_stacked_and_peer_mixing_agree(n):
+    seen = run_on_ranks(n, mix_on_peer, n)
+    for name, options in CASES:
+        topology = topologies.build(n, name, **options)
+        for dtype in DTYPES:
+            comm = StackedComm(n, topology.matrices, dtype)
+            x = start(n, dtype)
+            for step in range(3):
+                comm.mix_(x, step)
+            mean = comm.mean(x, 3)
+            tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
+            for rank in range(n):
+                peer_x, peer_mean, _, events = seen[rank][name, str(dtype)]
+                np.testing.assert_allclose(peer_x, x[rank].double(), atol=tolerance)
+                np.testing.assert_allclose(peer_mean, mean[0].double(), atol=tolerance)
+                assert events == comm.events
+            assert sum(seen[rank][name, str(dtype)][2] for rank in range(n)) == comm.bytes_sent
+
+
+@pytest.mark.parametrize("name", ["ring", "exponential", "one_peer_exponential"])
+def test_stacked_mixing_is_the_matrix_product_of_its_step(name):
+    topology = topologies.build(5, name)
+    comm = StackedComm(5, topology.matrices, torch.float64)
+    x = start(5, torch.float64)
+    for step in range(4):
+        expected = topology.matrix(step).toarray() @ x.numpy()
+        comm.mix_(x, step)
+        np.testing.assert_allclose(x, expected, atol=1e-15)
+
+
+def test_bytes_are_those_of_the_messages():
+    comm = StackedComm(6, topologies.build(6, "ring").matrices, torch.float32)
+    x = torch.zeros(6, 10)
+    comm.mix_(x, 0)
+    assert comm.bytes_sent == 6 * 2 * 40  # six workers, two neighbours each, ten floats
+    comm.mean(x, 1)
+    assert comm.bytes_sent == 480 + 2 * 5 * 40  # a ring all-reduce: 2 (n-1) messages' worth
+    comm.mean(x, 2, counted=False)
+    assert comm.bytes_sent == 880
+    assert all_reduce_bytes(40, 1) == 0
