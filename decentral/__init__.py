@@ -1,7 +1,7 @@
 """Decentralised and local SGD on PyTorch and Ray: launch, simulate, compare.
 
-    result = decentral.run("configs/quickstart.yaml", engine="sim", **{"algorithm.period": 4})
-    result.metrics, result.model, result.summary
+result = decentral.run("configs/quickstart.yaml", engine="sim", **{"algorithm.period": 4})
+result.metrics, result.model, result.summary
 """
 
 from typing import TYPE_CHECKING, Any

@@ -2,7 +2,6 @@
 
 import copy
 import importlib.metadata
-import math
 import os
 import platform
 import time
@@ -57,9 +56,7 @@ def run(
     return execute(load(config, overrides), Path(out) if out else None, watcher or Watcher())
 
 
-def resume(
-    directory: str | Path, *, watcher: Watcher | None = None, **overrides: Any
-) -> Result:
+def resume(directory: str | Path, *, watcher: Watcher | None = None, **overrides: Any) -> Result:
     """Go on with a run from its newest checkpoint, in the same directory.
 
     Overrides may change what the checkpoint does not fix: `steps`, for one.
@@ -165,9 +162,7 @@ def _summary(
         "algorithm": config.algorithm.name,
         "topology": experiment.topology.name if experiment.topology else None,
         "workers": config.workers,
-        "parameters": sum(
-            p.numel() for p in experiment.task.model.parameters() if p.requires_grad
-        ),
+        "parameters": sum(p.numel() for p in experiment.task.model.parameters() if p.requires_grad),
         "final": rows[-1] if rows else None,
         "seconds": seconds,
         "versions": {

@@ -1,5 +1,6 @@
 """The commands. Exit codes: 0 done, 2 the input was wrong, 1 anything else, 130 stopped."""
 
+import json
 import logging
 import sys
 import time
@@ -25,10 +26,12 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
-Overrides = Annotated[
+Words = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE ...]", help="Override a config key; null takes an optional key away."
+        metavar="CONFIG [KEY=VALUE ...]",
+        help="A YAML file, then overrides of its keys; null takes an optional key away."
+        " With --resume no CONFIG.",
     ),
 ]
 
@@ -37,10 +40,7 @@ Overrides = Annotated[
     epilog="Example: decentral run configs/quickstart.yaml algorithm.period=4 --engine sim"
 )
 def run(
-    config: Annotated[
-        str | None, typer.Argument(help="A YAML file; with --resume it may be left out.")
-    ] = None,
-    overrides: Overrides = None,
+    words: Words = None,
     engine: Annotated[str | None, typer.Option(help="sim or ray; the config's by default.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Run directory to make; runs/NAME-TIME by default.")
@@ -52,25 +52,22 @@ def run(
     """Run one experiment and record it."""
     from decentral.config import load, parse_overrides  # torch is slow: not for --help
 
-    words = list(overrides or [])
-    if resume is not None and config is not None:
-        if "=" not in config:
-            raise UserError("--resume takes the config from its directory; leave CONFIG out")
-        words.insert(0, config)
+    words = words or []
+    config = words.pop(0) if words and "=" not in words[0] else None
     changes = parse_overrides(words)
     if engine is not None:
         changes["engine"] = engine
-    watcher = Terminal(console)
     sys.path.insert(0, "")  # a user's own task is looked up in the working directory
+    watcher = Terminal(console)
     if resume is not None:
-        if out is not None:
-            raise UserError("a resumed run goes on in its own directory; leave --out out", "--out")
+        if config is not None or out is not None:
+            raise UserError("names the run: leave CONFIG and --out out", "--resume")
         from decentral.api import resume as go_on
 
         result = go_on(resume, watcher=watcher, **changes)
     else:
         if config is None:
-            raise UserError("name a config, for example configs/quickstart.yaml")
+            raise UserError("name a config, for example: decentral run configs/quickstart.yaml")
         checked = load(config, changes)
         from decentral.api import execute
 
@@ -81,6 +78,67 @@ def run(
     if result.summary["status"] == "stopped":
         console.print(f"go on with: decentral run --resume {result.directory}", soft_wrap=True)
         raise typer.Exit(130)
+
+
+@app.command(epilog="Example: decentral topology random_regular degree=3 -n 16 --period 8")
+def topology(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME|FILE [OPTION=VALUE ...]",
+            help="A built-in topology with its options, or a graph file.",
+        ),
+    ],
+    workers: Annotated[
+        int | None, typer.Option("-n", help="Number of workers; a file brings its own.")
+    ] = None,
+    period: Annotated[
+        int | None, typer.Option(min=1, help="H, for C_beta and D_beta; infinite by default.")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="Rule for the mixing weights.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw it to this PNG, SVG or PDF.")] = None,
+) -> None:
+    """Say what a topology is worth: degrees, beta, spectral gap, C_beta and D_beta."""
+    from decentral import topology as topologies
+    from decentral.config import parse_overrides
+
+    source, *options = words
+    is_file = source not in topologies.GENERATORS and ("." in source or "/" in source)
+    made = topologies.build(
+        workers,
+        name=None if is_file else source,
+        file=source if is_file else None,
+        weights=weights,
+        **parse_overrides(options),
+    )
+    facts = topologies.describe(made, period)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    else:
+        console.print(_facts_table(facts))
+    if plot is not None:
+        topologies.plot(made, plot)
+        console.print(f"drawn to {plot}", highlight=False, soft_wrap=True)
+
+
+def _facts_table(facts: dict[str, Any]) -> Table:
+    table = Table(title=facts["name"], show_header=False)
+    for name, value in facts.items():
+        if name == "name":
+            continue
+        table.add_row(name.replace("_", " "), _fact(value))
+    return table
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_fact(item)}" for name, item in value.items())
+    if value is None:
+        return "infinite"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _summary_table(summary: dict[str, Any]) -> Table:

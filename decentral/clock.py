@@ -5,6 +5,7 @@ gossip step, everyone in a global average. The coordinator replays on it what th
 that both engines tell the same time for the same run.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -81,7 +82,7 @@ class Clock:
             path = nx.shortest_path(
                 graph, worker, (worker + 1) % n, weight=lambda u, v, _: links[u, v][0]
             )
-            for edge in zip(path, path[1:], strict=False):
+            for edge in itertools.pairwise(path):
                 total += links[edge][0]
                 slowest = min(slowest, links[edge][1])
         return total, slowest

@@ -122,7 +122,9 @@ class Config(_Section):
     ray: RayConfig = RayConfig()
 
 
-def load(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Config:
+def load(
+    source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+) -> Config:
     """Read a config from a YAML file or a mapping, apply dotted overrides, check it.
 
     A key whose value is null is taken away, so its default holds. A relative `topology.file` is

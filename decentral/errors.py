@@ -1,4 +1,4 @@
-"""What goes wrong, in the user's terms. Raised everywhere; the command line turns it into exit codes.
+"""What goes wrong, in the user's terms. The command line turns it into exit codes.
 
 Every message states the rule, what came, and the remedy.
 """

@@ -118,7 +118,7 @@ def _task(config: Config) -> Task:
             raise
         raise UserError(f"{name} failed: {_where(error)}", "task.name") from error
     if not isinstance(task, Task):
-        raise UserError(f"{name} must return a decentral.Task; it returned {task!r:.80}", "task.name")
+        raise UserError(f"{name} must return a decentral.Task; got {task!r:.80}", "task.name")
     if not any(p.requires_grad for p in task.model.parameters()):
         raise UserError(f"the model of {name} has no parameter that trains", "task.name")
     return task

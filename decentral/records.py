@@ -113,7 +113,7 @@ class _atomic:
         self._partial = path.with_name(f".{path.name}.partial")
 
     def __enter__(self) -> IO[bytes]:
-        self._file = open(self._partial, "wb")  # noqa: SIM115
+        self._file = open(self._partial, "wb")
         return self._file
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -45,7 +45,7 @@ def bind(
     schema = create_model(
         "Options",
         __config__=ConfigDict(strict=True, arbitrary_types_allowed=True, protected_namespaces=()),
-        **{option: parameter for option, parameter in parameters.items()},  # type: ignore[call-overload]
+        **parameters,  # type: ignore[call-overload]
     )
     try:
         bound = schema(**options)
@@ -63,7 +63,8 @@ def choose(table: Mapping[str, T], name: str, key: str, kind: str) -> T:
 
 def validation_error(error: ValidationError, prefix: str = "") -> UserError:
     """A pydantic error as one UserError: a line per fault, each naming key, rule and value."""
-    lines = []
+    faults: dict[str, None] = {}
+    path = rule = ""
     for fault in error.errors():
         path = ".".join(str(part) for part in (prefix, *fault["loc"]) if part != "")
         if fault["type"] == "extra_forbidden":
@@ -73,8 +74,8 @@ def validation_error(error: ValidationError, prefix: str = "") -> UserError:
         else:
             message = fault["msg"].removeprefix("Value error, ")
             rule = f"{message[0].lower()}{message[1:]}; got {fault['input']!r}"
-        lines.append(f"{path}: {rule}")
-    return UserError("\n".join(dict.fromkeys(lines)))
+        faults[f"{path}: {rule}"] = None
+    return UserError(rule, path) if len(faults) == 1 else UserError("\n".join(faults))
 
 
 def _options(function: Callable[..., Any], given: Collection[str]) -> dict[str, tuple[Any, Any]]:

@@ -40,7 +40,10 @@ def mix_on_peer(rank, n):
             uncounted = comm.mean(x, 3, counted=False)
             assert torch.equal(mean, uncounted)
             seen[name, str(dtype)] = (
-                x.double().numpy(), mean.double().numpy(), comm.bytes_sent, list(comm.events)
+                x.double().numpy(),
+                mean.double().numpy(),
+                comm.bytes_sent,
+                list(comm.events),
             )
     return seen
 

@@ -35,6 +35,7 @@ class RayEngine:
     def __init__(self, experiment: Experiment, say: Callable[[str], None] = log.info):
         self._experiment = experiment
         self._actors: list[Any] = []
+        self._nodes: list[tuple[str, int]] = []  # address and process id, by rank
         config = experiment.config
         self._owns_cluster = _connect(config.ray, config.workers)
         try:
@@ -72,12 +73,10 @@ class RayEngine:
         return self._all("average_model")[0]
 
     def save(self, folder: Path) -> None:
-        paths = [folder / f"worker-{rank}.pt" for rank in range(len(self._actors))]
-        self._each([actor.save.remote(path) for actor, path in zip(self._actors, paths, strict=True)])
+        self._each([actor.save.remote(folder) for actor in self._actors])
 
     def load(self, folder: Path) -> None:
-        paths = [folder / f"worker-{rank}.pt" for rank in range(len(self._actors))]
-        self._each([actor.load.remote(path) for actor, path in zip(self._actors, paths, strict=True)])
+        self._each([actor.load.remote(folder) for actor in self._actors])
 
     def close(self) -> None:
         for actor in self._actors:
@@ -99,8 +98,9 @@ class RayEngine:
         self._actors = [make.remote(settings, rank, threads) for rank in range(config.workers)]
         self._nodes = self._all("node")
         addresses = [address for address, _ in self._nodes]
-        nodes = len(set(addresses))
-        say(f"{config.workers} workers on {nodes} node{'s' if nodes > 1 else ''} of the Ray cluster")
+        count = len(set(addresses))
+        nodes = "1 node" if count == 1 else f"{count} nodes"
+        say(f"{config.workers} workers on {nodes} of the Ray cluster")
         port = self._get(self._actors[0].listen.remote(addresses[0]))
         self._each(
             [
@@ -150,7 +150,8 @@ class RayEngine:
         first = min(lost, key=lambda e: e.step)
         whom = f"worker {first.peer}" if first.peer is not None else "the other workers"
         return WorkerError(
-            f"worker {first.rank} lost the connection to {whom} at step {first.step}: {first.reason}"
+            f"worker {first.rank} lost the connection to {whom} at step {first.step}:"
+            f" {first.reason}"
         )
 
     def _died(self, rank: int, lost: list[PeerError], segment: Segment | None) -> str:
@@ -162,8 +163,6 @@ class RayEngine:
         if segment is not None:
             return f"{where} in steps {segment.start} to {segment.stop - 1}"
         return f"{where} before the first step" if not self._nodes else where
-
-    _nodes: list[tuple[str, int]] = []
 
 
 class _Actor(Worker):

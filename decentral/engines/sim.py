@@ -27,9 +27,7 @@ class Simulator:
         n = config.workers
         matrices = experiment.topology.matrices if experiment.topology else ()
         self.replica = Replica(
-            StackedGradient(
-                self._model, experiment.task, experiment.sampler(list(range(n))), n
-            ),
+            StackedGradient(self._model, experiment.task, experiment.sampler(list(range(n))), n),
             experiment.algorithm.rule,
             StackedComm(n, matrices, experiment.dtype, config.sim.device),
             experiment.make_optimizer,

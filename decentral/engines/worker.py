@@ -119,12 +119,13 @@ class Worker:
         x, buffers = self._mean()
         return self._model.state_dict(x, buffers) if self._rank == 0 else None
 
-    def save(self, path: Path) -> None:
-        """Write this worker's state to a file."""
-        torch.save(self._joined.state_dict(), path)
+    def save(self, folder: Path) -> None:
+        """Write this worker's state to a file of its own in `folder`."""
+        torch.save(self._joined.state_dict(), folder / f"worker-{self._rank}.pt")
 
-    def load(self, path: Path) -> None:
+    def load(self, folder: Path) -> None:
         """Go on from a state that `save` wrote."""
+        path = folder / f"worker-{self._rank}.pt"
         self._joined.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
     def leave(self) -> None:
@@ -158,7 +159,8 @@ def interface_of(address: str) -> str:
     Left to themselves, gloo and NCCL take whatever the host name resolves to, which is often
     the loopback interface: then a group over several hosts cannot connect.
     """
+    families = (socket.AF_INET, socket.AF_INET6)
     for interface, addresses in psutil.net_if_addrs().items():
-        if any(a.family in (socket.AF_INET, socket.AF_INET6) and a.address == address for a in addresses):
+        if any(a.family in families and a.address == address for a in addresses):
             return interface
     raise RuntimeError(f"no network interface of {socket.gethostname()} carries {address}")

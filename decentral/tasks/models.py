@@ -1,0 +1,82 @@
+"""The built-in models, chosen in a config as `task.model={name: mlp, hidden: [256]}`.
+
+A model is a function `(shape, classes, *, options) -> Module`: shape of one sample, number of
+outputs. None has BatchNorm: its running statistics would differ between workers.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import torch
+from pydantic import PositiveInt
+from torch import nn
+
+from decentral.errors import UserError
+from decentral.signature import bind, choose
+
+
+def mlp(shape: Sequence[int], classes: int, *, hidden: Sequence[PositiveInt] = (256,)) -> nn.Module:
+    """Fully connected layers with ReLU between; `hidden` are the widths, [] is a linear model."""
+    widths = [prod(shape), *hidden, classes]
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs, outputs in zip(widths, widths[1:]):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def cnn(
+    shape: Sequence[int], classes: int, *, channels: Sequence[PositiveInt] = (16, 32)
+) -> nn.Module:
+    """For each of `channels` a 3x3 convolution, ReLU and 2x2 max pooling; then a linear layer.
+
+    `shape` is [channels, height, width]; every stage halves height and width.
+    """
+    depth, height, width = shape
+    if not 1 <= len(channels) <= min(height, width).bit_length() - 1:
+        raise UserError(
+            f"each stage halves a {height}x{width} image, which allows 1 to"
+            f" {min(height, width).bit_length() - 1} stages; got {list(channels)}",
+            "task.model.channels",
+        )
+    layers: list[nn.Module] = []
+    for inputs, outputs in zip([depth, *channels], channels):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+        height, width = height // 2, width // 2
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1] * height * width, classes))
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "cnn": cnn}
+
+
+def build_model(
+    model: Mapping[str, Any],
+    shape: Sequence[int],
+    classes: int,
+    seed: int,
+    key: str = "task.model",
+) -> nn.Module:
+    """The model that a config asks for, a function of its arguments alone.
+
+    `model` holds its name and its options. Raises UserError naming `key` and the option at fault.
+    """
+    options = dict(model)
+    if not isinstance(name := options.pop("name", None), str):
+        raise UserError(f"a model needs a name, one of {', '.join(MODELS)}; got {model}", key)
+    function = choose(MODELS, name, f"{key}.name", "model")
+    bound = bind(function, options, key, given=("shape", "classes"))
+    with seeded(seed):
+        return function(shape, classes, **bound)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, torch draws on the CPU from `seed`; afterwards the caller's own state is back.
+
+    For modules that draw their initial values from torch's global generator.
+    """
+    # torch.manual_seed would also seed the accelerators, whose states are not saved here.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        yield

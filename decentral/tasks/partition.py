@@ -1,0 +1,132 @@
+"""How the samples of a data set are split over the workers.
+
+Every split uses each sample exactly once and gives shards whose sizes differ by at most one: the
+mean of the workers' objectives is then the objective of the pooled data, whatever the split, and
+runs on different splits are comparable. A split is a function of (classes, workers, seed, options).
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor
+
+from decentral.errors import UserError
+from decentral.tasks.task import Data, labels, length
+
+
+def iid(classes: Tensor, workers: int, seed: int) -> list[Tensor]:
+    """Deal the shuffled samples out, whatever their classes [samples]; indices [m_i] per worker."""
+    sizes = _sizes(len(classes), workers)
+    shuffled = np.random.default_rng(seed).permutation(len(classes))
+    return _shards(np.split(shuffled, np.cumsum(sizes)[:-1]))
+
+
+def dirichlet(classes: Tensor, workers: int, seed: int, *, alpha: PositiveFloat) -> list[Tensor]:
+    """Each worker draws a class mix q ~ Dir(alpha p) and fills its shard by it; indices [m_i] each.
+
+    p are the class frequencies of the data. alpha -> infinity is near iid, alpha -> 0 gives a
+    worker one class for as long as there is any left. Draws are without replacement; where a class
+    is used up, q is renormalised over the others, so the workers that are served last (a random
+    order) get what is left, and less of their own mix.
+    After Hsu, Qi and Brown 2019 (arXiv 1909.06335). The other custom, to split every class over
+    the workers by Dir(alpha), makes shards of very different sizes: their mean objective is not the
+    pooled one.
+    """
+    rng = np.random.default_rng(seed)
+    sizes = _sizes(len(classes), workers)
+    left_of_class, pools = _by_label(classes, rng)
+    left = np.array([len(pool) for pool in pools])
+    mixes = rng.dirichlet(alpha * left / left.sum(), size=workers)
+    shards: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * workers
+    for worker in rng.permutation(workers):
+        taken = np.zeros_like(left)
+        # Draws that meet a used-up class are drawn again, until the shard is full.
+        while missing := sizes[worker] - taken.sum():
+            open_mix = np.where(left > taken, mixes[worker], 0.0)
+            if open_mix.sum() < 1e-12:  # nothing left of the classes it wants: as the rest has it
+                open_mix = (left - taken).astype(np.float64)
+            drawn = rng.multinomial(missing, open_mix / open_mix.sum())
+            taken = np.minimum(taken + drawn, left)
+        left -= taken
+        shards[worker] = np.concatenate(
+            [pool[rest : rest + n] for pool, rest, n in zip(pools, left, taken)]
+        )
+    return _shards(shards)
+
+
+def by_class(
+    classes: Tensor, workers: int, seed: int, *, classes_per_worker: PositiveInt = 2
+) -> list[Tensor]:
+    """Give each worker samples of few classes; indices [m_i] per worker.
+
+    The samples, sorted by class (the order of the classes drawn), are cut into
+    workers * classes_per_worker pieces; a worker gets pieces that lie far apart, and is placed at
+    random. After McMahan et al. 2017 (arXiv 1602.05629), who deal the pieces at random.
+    Where pieces and classes end together, every worker has exactly `classes_per_worker`. A class
+    that ends inside a piece adds one to that worker's, which happens at most (number of classes
+    - 1) times in all; a class with more than 1/classes_per_worker of the data gives fewer.
+    """
+    rng = np.random.default_rng(seed)
+    sizes = _sizes(len(classes), workers)
+    _, pools = _by_label(classes, rng)
+    if not len(pools) / workers <= classes_per_worker <= min(len(pools), sizes[-1]):
+        raise UserError(
+            f"{len(pools)} classes on {workers} workers of {sizes[-1]} samples or more need"
+            f" {-(-len(pools) // workers)} to {min(len(pools), sizes[-1])} classes per worker (every"
+            f" sample has a place); got {classes_per_worker}",
+            "task.partition.classes_per_worker",
+        )
+    in_order = np.concatenate([pools[c] for c in rng.permutation(len(pools))])
+    column = np.arange(classes_per_worker)[:, None]
+    piece_sizes = sizes // classes_per_worker + (column < sizes % classes_per_worker)  # [c, workers]
+    pieces = np.split(in_order, np.cumsum(piece_sizes)[:-1])
+    shards = [np.concatenate(pieces[i::workers]) for i in range(workers)]
+    return _shards([shards[i] for i in rng.permutation(workers)])
+
+
+PARTITIONS: dict[str, Callable[..., list[Tensor]]] = {
+    "iid": iid,
+    "dirichlet": dirichlet,
+    "by_class": by_class,
+}
+
+
+def partition(
+    data: Data,
+    workers: int,
+    seed: int,
+    kind: str = "iid",
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> list[Tensor]:
+    """Split `data` by PARTITIONS[kind] with its `options`; classes are asked for where used."""
+    if kind == "iid":
+        return iid(torch.zeros(length(data), dtype=torch.int64), workers, seed)
+    return PARTITIONS[kind](labels(data), workers, seed, **options)
+
+
+def _sizes(samples: int, workers: int) -> np.ndarray:
+    """Shard sizes [workers] that differ by at most one, the larger first."""
+    if not 1 <= workers <= samples:
+        raise UserError(
+            f"every worker needs a sample of its own: at most {samples} workers; got {workers}",
+            "workers",
+        )
+    return samples // workers + (np.arange(workers) < samples % workers)
+
+
+def _by_label(classes: Tensor, rng: np.random.Generator) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The distinct classes, and the indices of each one's samples in random order."""
+    shuffled = rng.permutation(len(classes))
+    found = classes.cpu().numpy()[shuffled]
+    distinct, counts = np.unique(found, return_counts=True)
+    ordered = shuffled[np.argsort(found, kind="stable")]
+    return distinct, np.split(ordered, np.cumsum(counts)[:-1])
+
+
+def _shards(indices: list[np.ndarray]) -> list[Tensor]:
+    """As sorted tensors: the sampler shuffles, and neighbours in memory stay neighbours."""
+    return [torch.from_numpy(np.sort(shard)) for shard in indices]
