@@ -4,12 +4,12 @@ import json
 import logging
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from decentral.errors import UserError, WorkerError
@@ -166,35 +166,17 @@ def _number(value: float | None) -> str | None:
     return None if value is None else f"{value:.4f}"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run the command line; never shows a traceback for what the user can mend."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
-        app(standalone_mode=False)
+        app(arguments)  # handles its own usage errors, and Ctrl-C, and exits
     except UserError as error:
         _fail(2, str(error))
     except WorkerError as error:
         _fail(1, str(error))
-    except KeyboardInterrupt:
-        _fail(130, "stopped")
-    except typer.Exit as exit:
-        sys.exit(exit.exit_code)
-    except Exception as error:
-        import click
-
-        if isinstance(error, click.ClickException):
-            error.show()
-            sys.exit(error.exit_code)
-        traceback.print_exc()
-        sys.exit(1)
 
 
 def _fail(code: int, message: str) -> None:
-    errors.print(f"[red]error:[/red] {_escape(message)}", highlight=False, soft_wrap=True)
+    errors.print(f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True)
     sys.exit(code)
-
-
-def _escape(message: str) -> str:
-    from rich.markup import escape
-
-    return escape(message)

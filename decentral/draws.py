@@ -27,7 +27,7 @@ def hash64(*words: int | Tensor) -> Tensor:
         if isinstance(word, int):
             state = _finalise(state + _signed((word + 1) * _WEYL))
         else:
-            state = _finalise(state.to(word.device) + (word + 1) * _signed(_WEYL))
+            state = _finalise(state + (word + 1) * _signed(_WEYL))
     return state
 
 
@@ -52,13 +52,14 @@ def permute(position: Tensor, size: Tensor, key: Tensor) -> Tensor:
     bits = torch.frexp((size - 1).to(torch.float64)).exponent.to(torch.int64)  # exact bit length
     bits = bits + (bits == 3)
     slope = hash64(key, 0)
-    image = _feistel(position, bits, key, slope)
-    size = size.expand_as(image)
+    shape = torch.broadcast_shapes(position.shape, size.shape, key.shape)
+    image = _feistel(position.expand(shape), bits, key, slope)
+    size = size.expand(shape)
 
     outside = (image >= size).flatten().nonzero().squeeze(1)
     if len(outside):
         image = image.flatten()
-        columns = [c.expand(size.shape).flatten() for c in (bits, key, slope, size)]
+        columns = [c.expand(shape).flatten() for c in (bits, key, slope, size)]
         walking = [c.gather(0, outside) for c in (image, *columns)]
         while len(outside):
             landed = _feistel(*walking[:4])
@@ -66,7 +67,7 @@ def permute(position: Tensor, size: Tensor, key: Tensor) -> Tensor:
             still = (landed >= walking[4]).nonzero().squeeze(1)
             outside = outside.gather(0, still)
             walking = [c.gather(0, still) for c in (landed, *walking[1:])]
-        image = image.view(size.shape)
+        image = image.view(shape)
 
     # From 4 bits on every round is an even permutation: swap 0 and 1 for half of the keys.
     swap = (slope >> 40) & (size > 1)

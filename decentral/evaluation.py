@@ -5,10 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.func import vmap
-from torch.utils.data import Dataset
 
 from decentral.gradients import FlatModel
-from decentral.tasks import Task, fetch
+from decentral.tasks import Task, fetch, length
 
 BATCH = 512  # samples a pass
 MODEL_SAMPLES = 16_384  # models x samples a pass, to bound the memory of activations
@@ -33,15 +32,14 @@ def evaluate_each(
 ) -> tuple[Tensor, Tensor | None]:
     """Losses and accuracies, [m] in float64, of m models: x [m, D] and buffers [m, B]."""
     assert task.test is not None, "a task without a test set has nothing to evaluate"
-    samples: Dataset = task.test
-    size = len(samples)  # type: ignore[arg-type]
+    size = length(task.test)
     losses = torch.zeros(len(x), dtype=torch.float64)
     right = torch.zeros_like(losses)
     model.module.eval()
     try:
         for start in range(0, size, BATCH):
             indices = torch.arange(start, min(start + BATCH, size))
-            *inputs, target = model.cast(fetch(samples, indices))
+            *inputs, target = model.cast(fetch(task.test, indices))
             for rows in torch.arange(len(x)).split(max(1, MODEL_SAMPLES // len(indices))):
                 outputs = _forward(model, x[rows], buffers[rows], inputs)
                 for row, output in zip(rows.tolist(), outputs, strict=True):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from decentral import topology as topologies
 from decentral.algorithms import PRESETS, Algorithm
-from decentral.config import Config
+from decentral.config import Config, TaskConfig
 from decentral.errors import UserError
 from decentral.gradients import FlatModel, ModuleGradient
 from decentral.optimizers import (
@@ -28,7 +28,7 @@ from decentral.optimizers import (
     optimizer,
 )
 from decentral.signature import bind, choose
-from decentral.tasks import PARTITIONS, TASKS, Sampler, Task, labels
+from decentral.tasks import PARTITIONS, TASKS, Sampler, Task, labels, length
 from decentral.topology import Topology
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -53,16 +53,24 @@ class Experiment:
     def sampler(self, workers: list[int]) -> Sampler:
         """What draws the batches of these workers."""
         task = self.config.task
-        return Sampler(self.shards, task.batch_size, self.config.seed, task.sampling, workers)
+        return Sampler(
+            shards=self.shards,
+            workers=workers,
+            batch_size=task.batch_size,
+            seed=self.config.seed,
+            sampling=task.sampling,
+        )
 
 
-def build(config: Config) -> Experiment:
+def build(config: Config, topology: Topology | None = None) -> Experiment:
     """Build and check every part of the run that `config` describes.
+
+    `topology`, where it is at hand, saves building it again.
 
     Raises UserError, naming the key, if any part is wrong or the parts do not fit.
     """
     algorithm = _algorithm(config)
-    topology = _topology(config, algorithm)
+    topology = topology or _topology(config, algorithm)
     make_optimizer = optimizer(config.optimizer.name, config.optimizer.options)
     make_scheduler = None
     if config.lr_schedule is not None:
@@ -108,7 +116,14 @@ def _task(config: Config) -> Task:
         make: Callable[..., Any] = choose(TASKS, name, "task.name", "task")
     else:
         make = _import(name)
-    options = bind(make, config.task.options, "task", given=("workers", "seed"), name=name)
+    options = bind(
+        make,
+        config.task.options,
+        "task",
+        given=("workers", "seed"),
+        name=name,
+        beside=tuple(TaskConfig.model_fields),
+    )
     try:
         task = make(workers=config.workers, seed=config.seed, **options)
     except UserError:
@@ -157,16 +172,13 @@ def _shards(config: Config, task: Task) -> list[Tensor]:
             )
         return list(task.shards)
     kind = partition.kind if partition is not None else "iid"
-    options = partition.options if partition is not None else {}
     split = choose(PARTITIONS, kind, "task.partition.kind", "partition")
-    bound = bind(split, options, "task.partition", given=("labels", "workers", "seed"), name=kind)
-    return split(_partition_labels(kind, task), config.workers, config.seed, **bound)
-
-
-def _partition_labels(kind: str, task: Task) -> Tensor:
-    if kind == "iid":
-        return torch.zeros(len(task.train), dtype=torch.int64)  # type: ignore[arg-type]
-    return labels(task.train)
+    given = ("labels", "workers", "seed")
+    options = partition.options if partition is not None else {}
+    bound = bind(split, options, "task.partition", given=given, name=kind, beside=("kind",))
+    # Only iid can do without classes, which not every data set has.
+    classes = labels(task.train) if kind != "iid" else torch.zeros(length(task.train))
+    return split(classes, config.workers, config.seed, **bound)
 
 
 def _try_first_batch(experiment: Experiment) -> None:

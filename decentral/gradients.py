@@ -50,7 +50,7 @@ class FlatModel:
     """A module whose trainable parameters, and float buffers, live in flat vectors.
 
     `parameters` and `buffers` say where; a shared parameter is there once, a frozen one not at
-    all. Integer buffers, such as counters, stay in the module: they are never averaged.
+    all. Integer buffers, counters as a rule, are each worker's own: they are never averaged.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype, device: str = "cpu"):
@@ -78,9 +78,15 @@ class FlatModel:
             for tensor in batch
         )
 
-    def state_dict(self, x: Tensor, buffers: Tensor) -> dict[str, Tensor]:
-        """The module's state_dict, on the CPU, with x [D] and buffers [B] filled in."""
-        views = self.parameters.views(x) | self.buffers.views(buffers)
+    def counters(self) -> dict[str, Tensor]:
+        """The module's own integer buffers."""
+        return {n: b for n, b in self.module.named_buffers() if not b.is_floating_point()}
+
+    def state_dict(
+        self, x: Tensor, buffers: Tensor, counters: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The module's state_dict, on the CPU, with x [D], buffers [B] and counters filled in."""
+        views = self.parameters.views(x) | self.buffers.views(buffers) | counters
         tied = {id(p): views[name] for name, p in self.module.named_parameters() if name in views}
         state = {}
         for name, own in self.module.state_dict(keep_vars=True).items():
@@ -104,6 +110,7 @@ class ModuleGradient:
             parameter.grad = gradients[name]
         for name, view in model.buffers.views(self.buffers).items():
             model.module.get_buffer(name).data = view
+        self.counters = model.counters()
 
     def __call__(self, step: int) -> Tensor:
         batch = self._model.cast(fetch(self._task.train, self._sampler.indices(step)))
@@ -130,11 +137,11 @@ class StackedGradient:
         self.value = torch.zeros_like(self.parameters)
         self._parameters = model.parameters.views(self.parameters)
         self._gradients = model.parameters.views(self.value)
-        self._buffers = model.buffers.views(self.buffers) | {
-            name: buffer.detach().expand(n, *buffer.shape).clone()
-            for name, buffer in model.module.named_buffers()
-            if not buffer.is_floating_point()
+        self.counters = {
+            name: counter.expand(n, *counter.shape).clone()
+            for name, counter in model.counters().items()
         }
+        self._buffers = model.buffers.views(self.buffers) | self.counters
         self._stacked = vmap(self._loss, randomness="different")
         model.takes_vmap = self._takes_vmap()
         convolves = any(isinstance(m, nn.modules.conv._ConvNd) for m in model.module.modules())
@@ -150,7 +157,8 @@ class StackedGradient:
                 name: view[rows].detach().requires_grad_()
                 for name, view in self._parameters.items()
             }
-            buffers = {name: view[rows] for name, view in self._buffers.items()}
+            # Under vmap, BatchNorm updates contiguous buffers alone: a strided view would stay.
+            buffers = {name: view[rows].clone() for name, view in self._buffers.items()}
             with torch.enable_grad():
                 loss = self._losses(leaves, buffers, tuple(tensor[rows] for tensor in batch))
                 gradients = torch.autograd.grad(
@@ -158,6 +166,8 @@ class StackedGradient:
                 )
             for view, gradient in zip(self._gradients.values(), gradients, strict=True):
                 view[rows].copy_(gradient)
+            for name, view in self._buffers.items():
+                view[rows].copy_(buffers[name])
             losses.append(loss.detach())
         return torch.cat(losses)
 

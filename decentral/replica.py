@@ -30,6 +30,7 @@ class Gradient(Protocol):
 
     parameters: Tensor  # [..., D], trained in place
     buffers: Tensor  # [..., B], float buffers such as BatchNorm statistics; B may be 0
+    counters: dict[str, Tensor]  # integer buffers, [..., *shape]
     value: Tensor  # [..., D], the gradient that the last call left
 
     def __call__(self, step: int) -> Tensor:
@@ -83,6 +84,7 @@ class Replica:
     ):
         self.x = gradient.parameters
         self.buffers = gradient.buffers
+        self.counters = gradient.counters
         self.state: dict[str, Tensor] = {}
         self.comm = comm
         self.step = 0
@@ -171,6 +173,7 @@ class Replica:
         return {
             "x": self.x,
             "buffers": self.buffers,
+            "counters": self.counters,
             "state": self.state,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
@@ -181,6 +184,8 @@ class Replica:
         """Take over a state in place: whoever shares the buffers sees it."""
         self.x.copy_(state["x"])
         self.buffers.copy_(state["buffers"])
+        for name, counter in self.counters.items():
+            counter.copy_(state["counters"][name])
         self.state = {name: tensor.to(self.x.device) for name, tensor in state["state"].items()}
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:

@@ -24,12 +24,14 @@ def bind(
     key: str,
     given: Collection[str] = (),
     name: str | None = None,
+    beside: Collection[str] = (),
 ) -> dict[str, Any]:
     """Check `options` against the signature of `function` and return them, converted.
 
     `given` are parameters that the caller supplies itself: they are no options. `key` is the
-    dotted config key that holds the options and `name` what the user calls the function; both
-    serve the messages alone. An unannotated parameter takes the type of its default.
+    dotted config key that holds the options, `name` what the user calls the function, and `beside`
+    the keys that stand beside the options; they serve the messages alone. An unannotated
+    parameter takes the type of its default.
 
     Raises UserError naming the key, what came and what is allowed.
     """
@@ -38,14 +40,20 @@ def bind(
     for option in options:
         if option not in parameters:
             raise UserError(
-                f"{name} takes no option {option!r}; {_allowed(option, parameters)}."
+                f"{name} takes no option {option!r}; {_allowed(option, [*beside, *parameters])}."
                 f" To take the key away: {key}.{option}=null",
                 f"{key}.{option}",
             )
+    # Defaults are the signature's own and need no check: only what is given or missing does.
+    fields = {
+        option: (kind, ...)
+        for option, (kind, default) in parameters.items()
+        if option in options or default is ...
+    }
     schema = create_model(
         "Options",
         __config__=ConfigDict(strict=True, arbitrary_types_allowed=True, protected_namespaces=()),
-        **parameters,  # type: ignore[call-overload]
+        **fields,  # type: ignore[call-overload]
     )
     try:
         bound = schema(**options)

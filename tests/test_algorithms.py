@@ -36,6 +36,7 @@ class Quadratic:
         self.c = torch.randn(n, D, generator=generator, dtype=torch.float64)
         self.parameters = torch.zeros(n, D, dtype=torch.float64)
         self.buffers = torch.zeros(n, 0, dtype=torch.float64)
+        self.counters = {}
         self.value = torch.zeros_like(self.parameters)
 
     def __call__(self, step):

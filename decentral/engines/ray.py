@@ -16,12 +16,13 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from torch import Tensor
 
-from decentral.config import RayConfig
-from decentral.engines.worker import Worker
+from decentral.config import Config, RayConfig
+from decentral.engines.worker import Surroundings, Worker
 from decentral.errors import StepError, UserError, WorkerError
 from decentral.experiment import Experiment
 from decentral.peer import PeerError
 from decentral.replica import Report, Segment
+from decentral.topology import Topology
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -88,15 +89,15 @@ class RayEngine:
 
     def _start(self, say: Callable[[str], None]) -> None:
         config = self._experiment.config
-        threads = max(1, int(config.ray.cpus_per_worker))
         make = ray.remote(_Actor).options(
             num_cpus=config.ray.cpus_per_worker,
             num_gpus=config.ray.gpus_per_worker,
             max_restarts=0,
         )
-        settings = config.model_dump()
-        self._actors = [make.remote(settings, rank, threads) for rank in range(config.workers)]
+        self._actors = [make.remote() for _ in range(config.workers)]
         self._nodes = self._all("node")
+        shared = ray.put((config, self._experiment.topology, Surroundings.here()))
+        self._each([actor.take.remote(rank, shared) for rank, actor in enumerate(self._actors)])
         addresses = [address for address, _ in self._nodes]
         count = len(set(addresses))
         nodes = "1 node" if count == 1 else f"{count} nodes"
@@ -167,6 +168,10 @@ class RayEngine:
 
 class _Actor(Worker):
     """A Worker that knows where Ray put it."""
+
+    def take(self, rank: int, shared: tuple[Config, Topology | None, Surroundings]) -> None:
+        config, topology, surroundings = shared
+        self.build(config, topology, rank, surroundings)
 
     def node(self) -> tuple[str, int]:
         """Address of the Ray node, and process id."""

@@ -54,7 +54,8 @@ class Simulator:
         return values
 
     def average_model(self) -> dict[str, Tensor]:
-        return self._model.state_dict(*self._mean())
+        first = {name: counter[0] for name, counter in self.replica.counters.items()}
+        return self._model.state_dict(*self._mean(), first)
 
     def save(self, folder: Path) -> None:
         torch.save(self.replica.state_dict(), folder / "workers.pt")

@@ -6,10 +6,11 @@ can run it in any process.
 
 import os
 import socket
+import sys
 import traceback
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -24,14 +25,43 @@ from decentral.gradients import FlatModel, ModuleGradient
 from decentral.peer import PeerComm
 from decentral.replica import Replica, Report, Segment
 from decentral.timing import step_seconds
+from decentral.topology import Topology
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Where the driver runs: a worker looks up a user's modules and relative files there too."""
+
+    folder: str
+    import_paths: list[str]
+
+    @classmethod
+    def here(cls) -> "Surroundings":
+        return cls(os.getcwd(), [os.path.abspath(path) for path in sys.path])
+
+    def enter(self) -> None:
+        """Take them over, as far as this node has them."""
+        if os.path.isdir(self.folder):
+            os.chdir(self.folder)
+        sys.path += [path for path in self.import_paths if path not in sys.path]
 
 
 class Worker:
-    """Worker `rank` of the run that `config` describes. `connect` comes before all but `port`."""
+    """One worker. First `build`, then on worker 0 `listen`, then `connect`; then the rest."""
 
-    def __init__(self, config: dict[str, Any], rank: int, threads: int):
-        torch.set_num_threads(threads)
-        self._experiment = build(Config.model_validate(config))
+    def build(
+        self,
+        config: Config,
+        topology: Topology | None,
+        rank: int,
+        surroundings: Surroundings,
+    ) -> None:
+        """Build worker `rank` of the run. The topology comes along, for a graph file may lie on
+        the driver's node alone; the task's data is read here."""
+        surroundings.enter()
+        torch.set_num_threads(max(1, int(config.ray.cpus_per_worker)))
+        torch.manual_seed(config.seed)
+        self._experiment = build(config, topology)
         self._rank = rank
         self._n = self._experiment.config.workers
         gpus = self._experiment.config.ray.gpus_per_worker
@@ -117,7 +147,9 @@ class Worker:
     def average_model(self) -> dict[str, Tensor] | None:
         """The averaged model's state_dict from worker 0; all workers must call it."""
         x, buffers = self._mean()
-        return self._model.state_dict(x, buffers) if self._rank == 0 else None
+        if self._rank != 0:
+            return None
+        return self._model.state_dict(x, buffers, self._joined.counters)
 
     def save(self, folder: Path) -> None:
         """Write this worker's state to a file of its own in `folder`."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from decentral.tasks.digits import digits
 from decentral.tasks.logistic import logistic
 from decentral.tasks.models import MODELS, build_model, seeded
-from decentral.tasks.partition import PARTITIONS, by_class, dirichlet, iid, partition
+from decentral.tasks.partition import PARTITIONS, by_class, dirichlet, iid
 from decentral.tasks.quadratic import quadratic
 from decentral.tasks.sampler import Sampler
 from decentral.tasks.task import Data, Task, fetch, labels, length
@@ -36,7 +36,6 @@ __all__ = [
     "labels",
     "length",
     "logistic",
-    "partition",
     "quadratic",
     "seeded",
 ]

@@ -37,7 +37,9 @@ def digits(
         pixels / 16, classes, test_size=test_fraction, random_state=_SPLIT_SEED, stratify=classes
     )
     shape = (64,) if model.get("name") == "mlp" else (1, 8, 8)
-    train_x, test_x = (torch.as_tensor(x, dtype=torch.float32).reshape(-1, *shape) for x in split[:2])
+    train_x, test_x = (
+        torch.as_tensor(x, dtype=torch.float32).reshape(-1, *shape) for x in split[:2]
+    )
     train_y, test_y = (torch.as_tensor(y, dtype=torch.int64) for y in split[2:])
     return Task(
         model=build_model(model, shape, classes=10, seed=seed),

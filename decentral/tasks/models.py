@@ -6,6 +6,7 @@ outputs. None has BatchNorm: its running statistics would differ between workers
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -21,7 +22,7 @@ def mlp(shape: Sequence[int], classes: int, *, hidden: Sequence[PositiveInt] = (
     """Fully connected layers with ReLU between; `hidden` are the widths, [] is a linear model."""
     widths = [prod(shape), *hidden, classes]
     layers: list[nn.Module] = [nn.Flatten()]
-    for inputs, outputs in zip(widths, widths[1:]):
+    for inputs, outputs in pairwise(widths):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -41,7 +42,7 @@ def cnn(
             "task.model.channels",
         )
     layers: list[nn.Module] = []
-    for inputs, outputs in zip([depth, *channels], channels):
+    for inputs, outputs in pairwise([depth, *channels]):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
         height, width = height // 2, width // 2
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1] * height * width, classes))

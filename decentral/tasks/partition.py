@@ -2,12 +2,11 @@
 
 Every split uses each sample exactly once and gives shards whose sizes differ by at most one: the
 mean of the workers' objectives is then the objective of the pooled data, whatever the split, and
-runs on different splits are comparable. A split is a function of (classes, workers, seed, options).
+runs on different splits are comparable. A split is a function of (labels, workers, seed, options);
+`labels` are the class of each sample, int64 [samples].
 """
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -15,30 +14,28 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from decentral.errors import UserError
-from decentral.tasks.task import Data, labels, length
 
 
-def iid(classes: Tensor, workers: int, seed: int) -> list[Tensor]:
-    """Deal the shuffled samples out, whatever their classes [samples]; indices [m_i] per worker."""
-    sizes = _sizes(len(classes), workers)
-    shuffled = np.random.default_rng(seed).permutation(len(classes))
+def iid(labels: Tensor, workers: int, seed: int) -> list[Tensor]:
+    """Deal the shuffled samples out, whatever their labels; indices [m_i] per worker."""
+    sizes = _sizes(len(labels), workers)
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
     return _shards(np.split(shuffled, np.cumsum(sizes)[:-1]))
 
 
-def dirichlet(classes: Tensor, workers: int, seed: int, *, alpha: PositiveFloat) -> list[Tensor]:
+def dirichlet(labels: Tensor, workers: int, seed: int, *, alpha: PositiveFloat) -> list[Tensor]:
     """Each worker draws a class mix q ~ Dir(alpha p) and fills its shard by it; indices [m_i] each.
 
-    p are the class frequencies of the data. alpha -> infinity is near iid, alpha -> 0 gives a
-    worker one class for as long as there is any left. Draws are without replacement; where a class
-    is used up, q is renormalised over the others, so the workers that are served last (a random
-    order) get what is left, and less of their own mix.
+    p are the class frequencies of the data. alpha -> infinity gives q = p, alpha -> 0 one class.
+    Draws are without replacement; where a class is used up, q is renormalised over the others, so
+    the few workers that are served last (in random order) get what is left, whatever their q.
     After Hsu, Qi and Brown 2019 (arXiv 1909.06335). The other custom, to split every class over
     the workers by Dir(alpha), makes shards of very different sizes: their mean objective is not the
     pooled one.
     """
     rng = np.random.default_rng(seed)
-    sizes = _sizes(len(classes), workers)
-    left_of_class, pools = _by_label(classes, rng)
+    sizes = _sizes(len(labels), workers)
+    pools = _by_label(labels, rng)
     left = np.array([len(pool) for pool in pools])
     mixes = rng.dirichlet(alpha * left / left.sum(), size=workers)
     shards: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * workers
@@ -53,13 +50,13 @@ def dirichlet(classes: Tensor, workers: int, seed: int, *, alpha: PositiveFloat)
             taken = np.minimum(taken + drawn, left)
         left -= taken
         shards[worker] = np.concatenate(
-            [pool[rest : rest + n] for pool, rest, n in zip(pools, left, taken)]
+            [pool[rest : rest + n] for pool, rest, n in zip(pools, left, taken, strict=True)]
         )
     return _shards(shards)
 
 
 def by_class(
-    classes: Tensor, workers: int, seed: int, *, classes_per_worker: PositiveInt = 2
+    labels: Tensor, workers: int, seed: int, *, classes_per_worker: PositiveInt = 2
 ) -> list[Tensor]:
     """Give each worker samples of few classes; indices [m_i] per worker.
 
@@ -71,18 +68,18 @@ def by_class(
     - 1) times in all; a class with more than 1/classes_per_worker of the data gives fewer.
     """
     rng = np.random.default_rng(seed)
-    sizes = _sizes(len(classes), workers)
-    _, pools = _by_label(classes, rng)
+    sizes = _sizes(len(labels), workers)
+    pools = _by_label(labels, rng)
     if not len(pools) / workers <= classes_per_worker <= min(len(pools), sizes[-1]):
         raise UserError(
             f"{len(pools)} classes on {workers} workers of {sizes[-1]} samples or more need"
-            f" {-(-len(pools) // workers)} to {min(len(pools), sizes[-1])} classes per worker (every"
-            f" sample has a place); got {classes_per_worker}",
+            f" {-(-len(pools) // workers)} to {min(len(pools), sizes[-1])} classes per worker"
+            f" (every sample has a place); got {classes_per_worker}",
             "task.partition.classes_per_worker",
         )
     in_order = np.concatenate([pools[c] for c in rng.permutation(len(pools))])
-    column = np.arange(classes_per_worker)[:, None]
-    piece_sizes = sizes // classes_per_worker + (column < sizes % classes_per_worker)  # [c, workers]
+    whole, rest = np.divmod(sizes, classes_per_worker)
+    piece_sizes = whole + (np.arange(classes_per_worker)[:, None] < rest)  # [pieces each, workers]
     pieces = np.split(in_order, np.cumsum(piece_sizes)[:-1])
     shards = [np.concatenate(pieces[i::workers]) for i in range(workers)]
     return _shards([shards[i] for i in rng.permutation(workers)])
@@ -95,19 +92,6 @@ PARTITIONS: dict[str, Callable[..., list[Tensor]]] = {
 }
 
 
-def partition(
-    data: Data,
-    workers: int,
-    seed: int,
-    kind: str = "iid",
-    options: Mapping[str, Any] = MappingProxyType({}),
-) -> list[Tensor]:
-    """Split `data` by PARTITIONS[kind] with its `options`; classes are asked for where used."""
-    if kind == "iid":
-        return iid(torch.zeros(length(data), dtype=torch.int64), workers, seed)
-    return PARTITIONS[kind](labels(data), workers, seed, **options)
-
-
 def _sizes(samples: int, workers: int) -> np.ndarray:
     """Shard sizes [workers] that differ by at most one, the larger first."""
     if not 1 <= workers <= samples:
@@ -118,13 +102,13 @@ def _sizes(samples: int, workers: int) -> np.ndarray:
     return samples // workers + (np.arange(workers) < samples % workers)
 
 
-def _by_label(classes: Tensor, rng: np.random.Generator) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The distinct classes, and the indices of each one's samples in random order."""
-    shuffled = rng.permutation(len(classes))
-    found = classes.cpu().numpy()[shuffled]
-    distinct, counts = np.unique(found, return_counts=True)
+def _by_label(labels: Tensor, rng: np.random.Generator) -> list[np.ndarray]:
+    """For each class that occurs, the indices of its samples in random order."""
+    shuffled = rng.permutation(len(labels))
+    found = labels.cpu().numpy()[shuffled]
+    _, counts = np.unique(found, return_counts=True)
     ordered = shuffled[np.argsort(found, kind="stable")]
-    return distinct, np.split(ordered, np.cumsum(counts)[:-1])
+    return np.split(ordered, np.cumsum(counts)[:-1])
 
 
 def _shards(indices: list[np.ndarray]) -> list[Tensor]:

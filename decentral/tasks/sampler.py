@@ -31,19 +31,21 @@ class Sampler:
     def __init__(
         self,
         shards: Sequence[Tensor] | Mapping[int, Tensor],
-        workers: Sequence[int],
         batch_size: int,
         seed: int,
-        sampling: Literal["shuffle", "replacement"] = "shuffle",
+        sampling: Literal["shuffle", "replacement"],
+        workers: Sequence[int],
         device: torch.device | str = "cpu",
     ):
         assert batch_size >= 1, batch_size
         assert sampling in ("shuffle", "replacement"), sampling
         own = [shards[worker] for worker in workers]
         sizes = torch.tensor([len(shard) for shard in own])
-        for worker, size in zip(workers, sizes.tolist()):
+        for worker, size in zip(workers, sizes.tolist(), strict=True):
             if size == 0:
-                raise UserError(f"every worker needs samples to draw from; worker {worker} has none")
+                raise UserError(
+                    f"every worker needs samples to draw from; worker {worker} has none"
+                )
         self.sampling = sampling
         self.batch_size = batch_size
         self._samples = torch.cat(own).to(device, torch.int64)
@@ -55,7 +57,7 @@ class Sampler:
     def indices(self, step: int) -> Tensor:
         """Dataset indices of the batches of `step`, int64 [workers, batch]."""
         if self.sampling == "replacement":
-            drawn = uniform_index(_chain(_chain(self._key, step), self._column), self._size)
+            drawn = uniform_index(hash64(self._key, step, self._column), self._size)
         else:
             drawn = self._shuffled(step)
         drawn += self._start
@@ -68,12 +70,12 @@ class Sampler:
         offset = first - epoch * self._size + self._column
         beyond = (offset >= self._size).flatten().nonzero().squeeze(1)
         if len(beyond) == 0:
-            return permute(offset, self._size, _chain(self._key, epoch))
+            return permute(offset, self._size, hash64(self._key, epoch))
         # One key per worker is cheap, one per draw is not: only draws past the epoch's end pay.
-        drawn = permute(offset.minimum(self._size - 1), self._size, _chain(self._key, epoch))
+        drawn = permute(offset.minimum(self._size - 1), self._size, hash64(self._key, epoch))
         row = beyond // self.batch_size
         size, key, epoch = (column[row, 0] for column in (self._size, self._key, epoch))
         offset = offset.flatten()[beyond]
-        later = _chain(key, epoch + offset // size)
+        later = hash64(key, epoch + offset // size)
         drawn.view(-1)[beyond] = permute(offset % size, size, later)
         return drawn

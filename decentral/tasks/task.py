@@ -4,9 +4,9 @@ A task's function returns a `Task`; the engines read its data through `fetch` al
 splits through `labels`, so that tensors in memory and a user's own Dataset look the same.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,14 +77,16 @@ def fetch(data: Data, indices: Tensor) -> tuple[Tensor, ...]:
         parts = [t.index_select(0, flat.to(t.device)) for t in tensors]
     else:
         samples = [_sample(data, index) for index in flat.tolist()]
-        parts = [torch.stack([torch.as_tensor(p) for p in part]) for part in zip(*samples)]
-    return tuple(part.reshape(*indices.shape, *part.shape[1:]) for part in parts)
+        parts = [
+            torch.stack([torch.as_tensor(p) for p in part]) for part in zip(*samples, strict=True)
+        ]
+    return tuple(part.reshape((*indices.shape, *part.shape[1:])) for part in parts)
 
 
 def length(data: Data) -> int:
     """The number of samples."""
     tensors = _tensors(data)
-    return len(tensors[0]) if tensors is not None else len(data)
+    return len(tensors[0]) if tensors is not None else len(cast(Sized, data))
 
 
 def labels(data: Data) -> Tensor:
@@ -127,12 +129,13 @@ def _as_dataset(data: Data, name: str) -> Dataset[Any]:
 
 def _tensors(data: Data) -> tuple[Tensor, ...] | None:
     """The whole data as tensors, where it lies in memory as such."""
-    if type(data) is TensorDataset:  # a subclass may transform its samples
-        return data.tensors
-    return data if isinstance(data, tuple) else None
+    if isinstance(data, tuple):
+        return data
+    # Not a subclass, which may transform its samples.
+    return data.tensors if type(data) is TensorDataset else None
 
 
-def _sample(data: Dataset[Any], index: int) -> Sequence[Any]:
+def _sample(data: Any, index: int) -> Sequence[Any]:
     sample = data[index]
     if not isinstance(sample, tuple | list) or len(sample) < 2:
         raise UserError(

@@ -1,0 +1,211 @@
+"""Every wrong input ends with exit code 2 and one clear message, and leaves nothing behind."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from decentral.cli import main
+
+ROOT = Path(__file__).parents[1]
+TASKS = """
+import torch
+from decentral import Task
+
+def raises(workers, seed):
+    raise OSError("no such disk")
+
+def returns_nothing(workers, seed):
+    pass
+
+def diverges(workers, seed):
+    nan = torch.full((8, 2), float("nan"))
+    return Task(torch.nn.Linear(2, 1), torch.nn.functional.mse_loss, (nan, torch.zeros(8, 1)))
+
+def mismatched(workers, seed):
+    return Task(torch.nn.Linear(3, 1), torch.nn.functional.mse_loss,
+                (torch.zeros(8, 2), torch.zeros(8, 1)))
+
+def frozen(workers, seed):
+    model = torch.nn.Linear(2, 1).requires_grad_(False)
+    return Task(model, torch.nn.functional.mse_loss, (torch.zeros(8, 2), torch.zeros(8, 1)))
+
+not_callable = 3
+"""
+
+# Overrides of the base config, and what the message must say.
+WRONG = {
+    "unknown key": (["wrokers=4"], "wrokers: is not a known key; did you mean workers?"),
+    "unknown nested key": (["record.evry=4"], "did you mean record.every?"),
+    "key of a scalar": (["steps.every=4"], "steps.every: cannot be set"),
+    "wrong type": (["workers=many"], "workers: input should be a valid integer; got 'many'"),
+    "wrong type of a float": (["network.latency_ms=fast"], "network.latency_ms"),
+    "a section that is no section": (["record=5"], "record: "),
+    "missing key": (["workers=null"], "workers: is required"),
+    "no workers": (["workers=0"], "workers: input should be greater than 0; got 0"),
+    "no steps": (["steps=0"], "steps: "),
+    "negative seed": (["seed=-1"], "seed: "),
+    "name with a slash": (["name=a/b"], "name: "),
+    "unknown engine": (["engine=mpi"], "engine: input should be 'sim' or 'ray'; got 'mpi'"),
+    "unknown dtype": (["dtype=float8"], "dtype: "),
+    "unknown algorithm": (["algorithm.name=gosip_pga"], "did you mean 'gossip_pga'?"),
+    "period zero": (["algorithm.period=0"], "algorithm.period: "),
+    "period of the wrong type": (["algorithm.period=often"], "algorithm.period: "),
+    "period missing": (["algorithm.period=null"], "algorithm.period: is required"),
+    "period where there is none": (["algorithm.name=gossip_sgd"], "gossip_sgd takes no option"),
+    "no topology": (["topology=null"], "topology: gossip_pga averages over a graph"),
+    "unknown topology": (["topology.name=rign"], "did you mean 'ring'?"),
+    "option of another topology": (["topology.degree=3"], "ring takes no option 'degree'"),
+    "impossible size": (["topology.name=hypercube", "workers=6"], "4 or 8"),
+    "weights that do not fit": (
+        ["topology.name=exponential", "topology.weights=metropolis"], "weights: uniform"
+    ),
+    "not doubly stochastic": (
+        ["topology.name=star", "topology.weights=uniform"], "gossip_pga"
+    ),
+    "missing graph file": (["topology.name=null", "topology.file=no.gml"], "no.gml"),
+    "graph of another size": (
+        ["topology.name=null", "topology.file=house5.gml"], "workers is 4; set workers: 5"
+    ),
+    "disconnected graph": (["topology.name=null", "topology.file=apart.gml"], "connected"),
+    "name and file": (["topology.file=house5.gml"], "both"),
+    "unknown optimizer": (["optimizer.name=sdg"], "did you mean 'sgd'?"),
+    "negative learning rate": (["optimizer.lr=-0.1"], "optimizer.lr: must be at least 0"),
+    "no learning rate": (["optimizer.lr=null"], "optimizer.lr: is required"),
+    "unknown optimizer option": (["optimizer.momentun=0.9"], "did you mean 'momentum'?"),
+    "option that torch refuses": (["optimizer.momentum=-1"], "optimizer: sgd refuses"),
+    "lbfgs": (["optimizer.name=lbfgs", "optimizer.momentum=null"], "lbfgs refuses"),
+    "adafactor": (
+        ["optimizer.name=adafactor", "optimizer.momentum=null"], "not element-wise"
+    ),
+    "unknown schedule": (["lr_schedule.name=stepp"], "did you mean 'step'?"),
+    "schedule without its option": (["lr_schedule.name=step"], "lr_schedule.milestones"),
+    "schedule too short": (
+        ["lr_schedule.name=one_cycle", "lr_schedule.max_lr=1", "lr_schedule.total_steps=3"],
+        "lr_schedule: torch refuses it",
+    ),
+    "unknown task": (["task.name=digit"], "did you mean 'digits'?"),
+    "unknown task option": (["task.batchsize=3"], "did you mean"),
+    "unknown model": (["task.model.name=resnet"], "task.model"),
+    "unknown model option": (["task.model.hiden=[3]"], "task.model.hiden"),
+    "no samples for a worker": (["workers=4000"], "4000"),
+    "unknown partition": (["task.partition.kind=dirichlett"], "did you mean 'dirichlet'?"),
+    "negative alpha": (["task.partition.alpha=-1"], "task.partition.alpha"),
+    "partition of a task that has its own": (
+        ["task.name=quadratic", "task.model=null"], "task.partition"
+    ),
+    "task that cannot be imported": (["task.name=nowhere:make", "task.model=null"], "nowhere"),
+    "task that is not in its module": (["task.name=mine:make", "task.model=null"], "'make'"),
+    "task that is no function": (["task.name=mine:not_callable", "task.model=null"], "no function"),
+    "task that raises": (["task.name=mine:raises", "task.model=null"], "no such disk"),
+    "task that returns nothing": (
+        ["task.name=mine:returns_nothing", "task.model=null"], "must return a decentral.Task"
+    ),
+    "task whose loss is not finite": (
+        ["task.name=mine:diverges", "task.model=null", "task.partition=null"], "nan at the start"
+    ),
+    "task whose shapes do not fit": (
+        ["task.name=mine:mismatched", "task.model=null", "task.partition=null"], "first batch"
+    ),
+    "task with nothing to train": (
+        ["task.name=mine:frozen", "task.model=null", "task.partition=null"], "no parameter"
+    ),
+    "more GPUs than there are": (
+        ["engine=ray", "ray.gpus_per_worker=64"], "4 workers x 64 GPU asked, the cluster has"
+    ),
+    "simulator on a GPU that is not there": (["sim.device=cuda"], "sim.device"),
+    "no Ray cluster there": (["engine=ray", "ray.address=127.0.0.1:1"], "ray.address"),
+    "an override without a value": (["steps"], "an override is key=value"),
+}
+SLOW = {"more GPUs than there are", "no Ray cluster there"}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, quick):
+    """A working directory with a good config, and files that are wrong in one way each."""
+    (tmp_path / "good.yaml").write_text(yaml.safe_dump(quick))
+    (tmp_path / "mine.py").write_text(TASKS)
+    (tmp_path / "house5.gml").write_text((ROOT / "topologies/house5.gml").read_text())
+    nodes = "".join(f"node [ id {i} ]\n" for i in range(4))
+    (tmp_path / "apart.gml").write_text(f"graph [\n{nodes}edge [ source 0 target 1 ]\n]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    sys.modules.pop("mine", None)
+
+
+def refused(capsys, arguments):
+    """Run the command line, which must refuse; its message."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    return " ".join(captured.err.split())
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in WRONG],
+)
+def test_wrong_config_is_refused(case, place, capsys):
+    if case == "simulator on a GPU that is not there":
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a GPU")
+    overrides, message = WRONG[case]
+    said = refused(capsys, ["run", "good.yaml", *overrides, "--out", "out"])
+    assert said.startswith("error: ")
+    assert message in said
+    assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "no.yaml"], "cannot read the config no.yaml"),
+        (["run", "mine.py"], "mine.py"),
+        (["run", "."], "cannot read the config"),
+        (["run"], "name a config"),
+        (["run", "good.yaml", "--out", "good.yaml/run"], "cannot write"),
+        (["run", "good.yaml", "--out", "held"], "holds a run"),
+        (["run", "--resume", "nowhere"], "not a run directory"),
+        (["run", "--resume", "held"], "holds no checkpoint"),
+        (["run", "good.yaml", "--resume", "held"], "leave CONFIG"),
+        (["run", "good.yaml", "--speed", "9"], "--speed"),
+        (["fly"], "fly"),
+        (["topology", "rign", "-n", "4"], "did you mean 'ring'?"),
+        (["topology", "ring"], "set workers"),
+        (["topology", "no.gml"], "no.gml"),
+        (["topology", "ring", "-n", "4", "--period", "0"], "--period"),
+        (["topology", "ring", "-n", "4", "rows=2"], "ring takes no option"),
+    ],
+)
+def test_wrong_command_line_is_refused(arguments, message, place, capsys):
+    (place / "held").mkdir()
+    (place / "held/config.yaml").write_text((place / "good.yaml").read_text())
+    before = sorted(place.rglob("*"))
+    assert message in refused(capsys, arguments)
+    assert [p for p in sorted(place.rglob("*")) if "__pycache__" not in str(p)] == before
+
+
+def test_every_wrong_key_is_named_at_once(place, capsys):
+    said = refused(capsys, ["run", "good.yaml", "workers=0", "steps=-1"])
+    assert "workers: " in said
+    assert "steps: " in said
+
+
+def test_a_process_exits_with_2(place):
+    process = subprocess.run(
+        [sys.executable, "-m", "decentral", "run", "good.yaml", "algorithm.period=0"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: algorithm.period: ")
+    assert process.stdout == ""

@@ -1,0 +1,191 @@
+"""What you simulate is what you launch: both engines give the same run, record by record."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import ray
+
+import decentral
+from decentral.config import load
+from decentral.coordinator import Coordinator
+from decentral.engines.ray import RayEngine
+from decentral.experiment import build
+
+pytestmark = pytest.mark.slow
+
+QUICKSTART = "configs/quickstart.yaml"
+ALGORITHMS = {
+    "parallel_sgd": {},
+    "local_sgd": {"period": 8},
+    "gossip_sgd": {},
+    "gossip_pga": {"period": 8},
+    "gossip_aga": {"initial_period": 4, "warmup": 40},
+}
+TOPOLOGIES = {
+    "ring": {"name": "ring"},
+    "one_peer_exponential": {"name": "one_peer_exponential"},
+    "file": {4: {"file": "topologies/square4.gml"}, 5: {"file": "topologies/house5.gml"}},
+}
+COLUMNS = ["loss", "consensus_distance", "eval_loss"]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """One local cluster for all tests here: the engine joins what is there."""
+    ray.init(num_cpus=8, include_dashboard=False, object_store_memory=128 * 2**20)
+    yield
+    ray.shutdown()
+
+
+def both(config, **overrides):
+    """The same run on both engines: their metrics."""
+    return [decentral.run(config, engine=e, **overrides).metrics for e in ("sim", "ray")]
+
+
+def assert_equal(sim, launched, rtol, atol, until=None):
+    if until is not None:
+        sim, launched = sim[sim.step <= until], launched[launched.step <= until]
+    assert len(sim) == len(launched) > 0
+    exact = [c for c in sim.columns if c not in (*COLUMNS, "time_s", "sim_time_s")]
+    for column in exact:
+        if not column.startswith("eval_accuracy"):
+            assert list(sim[column]) == list(launched[column]), column
+    np.testing.assert_allclose(sim.sim_time_s, launched.sim_time_s, rtol=1e-12)
+    for column in COLUMNS:
+        a, b = sim[column].dropna(), launched[column].dropna()
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, err_msg=column)
+
+
+@pytest.mark.parametrize("workers", [4, 5])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_engines_agree_over_the_whole_run(cluster, algorithm, topology, workers):
+    chosen = TOPOLOGIES[topology]
+    overrides = {
+        "workers": workers,
+        "algorithm": {"name": algorithm, **ALGORITHMS[algorithm]},
+        "topology": chosen.get(workers, chosen),
+        "dtype": "float64",
+    }
+    sim, launched = both(QUICKSTART, **overrides)
+    # atol: parallel replicas differ by nothing but the rounding of their mean, 1e-16 of x.
+    assert_equal(sim, launched, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("algorithm", ["gossip_pga", "parallel_sgd"])
+def test_engines_agree_in_float32_over_the_first_steps(cluster, algorithm):
+    """Rounding differs between a stacked and a single product, and grows from step to step."""
+    options = {"name": algorithm, **ALGORITHMS[algorithm]}
+    sim, launched = both(QUICKSTART, workers=4, steps=50, algorithm=options)
+    assert_equal(sim, launched, rtol=1e-4, atol=1e-6)
+
+
+def test_engines_agree_on_models_with_buffers(cluster, tmp_path, monkeypatch):
+    (tmp_path / "normed.py").write_text(NORMED)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = {
+        "workers": 3,
+        "steps": 12,
+        "dtype": "float64",
+        "task": {"name": "normed:make", "batch_size": 8},
+        "optimizer": {"name": "adam", "lr": 0.01},
+        "algorithm": {"name": "gossip_pga", "period": 4},
+        "topology": {"name": "path"},
+        "network": {"compute_ms": 1},
+        "record": {"every": 3, "evaluate_every": 6},
+    }
+    results = [decentral.run(config, engine=e) for e in ("sim", "ray")]
+    assert_equal(*(r.metrics for r in results), rtol=1e-9, atol=1e-13)
+    sim, launched = (r.model.state_dict() for r in results)
+    assert sim["1.running_mean"].abs().max() > 0.01  # the statistics did move
+    for name, value in sim.items():
+        np.testing.assert_allclose(value, launched[name], rtol=1e-9, err_msg=name)
+
+
+NORMED = """
+import torch
+from torch import nn
+from decentral import Task
+
+def make(workers, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(90, 6, generator=generator) * 3 + 1
+    y = (x[:, 0] > x[:, 1]).long()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        first, last = nn.Linear(6, 6), nn.Linear(6, 2)
+        tied = nn.Linear(6, 6)
+        tied.weight = first.weight
+        frozen = nn.Linear(6, 6).requires_grad_(False)
+        model = nn.Sequential(first, nn.BatchNorm1d(6), tied, frozen, nn.Tanh(), last)
+    return Task(model, nn.functional.cross_entropy, (x, y), (x, y))
+"""
+
+
+def test_a_killed_worker_is_named_at_once(cluster):
+    config = load(QUICKSTART, {"workers": 4, "steps": 100_000, "record.every": 50_000})
+    experiment = build(config)
+    engine = RayEngine(experiment)
+    try:
+        coordinator = Coordinator(experiment, engine)
+        segments = coordinator.run()
+        next(segments)
+        _, pid = engine._nodes[2]
+        os.kill(pid, signal.SIGKILL)
+        killed = time.monotonic()
+        with pytest.raises(decentral.WorkerError, match=rf"worker 2 \(process {pid}.*died.*step"):
+            for _ in segments:
+                pass
+        assert time.monotonic() - killed < 15
+    finally:
+        engine.close()
+
+
+FAILING = """
+import torch
+from decentral import Task
+
+class Fails(torch.nn.Linear):
+    calls = 0
+
+    def forward(self, x):
+        Fails.calls += 1
+        if Fails.calls > 20:
+            raise OSError("the disk is gone")
+        return super().forward(x)
+
+def make(workers, seed):
+    return Task(Fails(2, 1), torch.nn.functional.mse_loss, (torch.ones(9, 2), torch.ones(9, 1)))
+"""
+
+
+def test_an_error_on_a_worker_is_told_and_the_records_are_kept(cluster, tmp_path, monkeypatch):
+    (tmp_path / "failing.py").write_text(FAILING)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = {
+        "workers": 2,
+        "steps": 1000,
+        "engine": "ray",
+        "task": {"name": "failing:make", "batch_size": 4},
+        "optimizer": {"name": "sgd", "lr": 0.01},
+        "algorithm": {"name": "local_sgd", "period": 5},
+        "network": {"compute_ms": 1},
+        "record": {"every": 5},
+    }
+    with pytest.raises(decentral.WorkerError, match=r"worker \d failed at step \d+.*disk is gone"):
+        decentral.run(config, out=tmp_path / "out")
+    lines = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
+    assert len(lines) >= 2
+    assert '"status": "failed"' in (tmp_path / "out/summary.json").read_text()
+    assert not [a for a in ray.util.list_named_actors() if a]
+
+
+def test_one_worker_runs_on_ray(cluster):
+    sim, launched = both(QUICKSTART, workers=1, steps=20, dtype="float64")
+    assert_equal(sim, launched, rtol=1e-9, atol=1e-13)
+    assert launched.consensus_distance.abs().max() == 0
