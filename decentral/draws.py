@@ -12,7 +12,6 @@ from torch import Tensor
 LARGEST_SIZE = 2**31  # of a range to draw from: 32 random bits times the size must fit in int64
 
 _WEYL = 0x9E3779B97F4A7C15  # odd, 2^64 / golden ratio: spreads successive counters
-_ROUNDS = 12  # where pairs of positions pass chi-square over 10^6 keys at every size tried
 
 
 def hash64(*words: int | Tensor) -> Tensor:
@@ -39,62 +38,13 @@ def uniform_index(bits: Tensor, size: Tensor | int) -> Tensor:
     return (((bits >> 32) & 0xFFFFFFFF) * size) >> 32
 
 
-def permute(position: Tensor, size: Tensor, key: Tensor) -> Tensor:
-    """Where a pseudo-random permutation of range(size) sends `position`; one permutation per `key`.
+def shuffled(key: Tensor, size: int) -> Tensor:
+    """A uniformly random order of range(size) for each of the `key`s [k], int64 [k, size].
 
-    All three are broadcastable int64 tensors, 0 <= position < size <= 2^31 and `key` 64 random
-    bits. Nothing of length `size` is built: a Feistel network permutes the range of the next power
-    of two, and a value that falls outside range(size) goes through again until it lands inside
-    (cycle walking; Black and Rogaway 2002), twice on average at the worst size. Cheapest where
-    `size` and `key` have fewer elements than `position`.
+    The order in which hashed positions sort: every order is equally likely but for ties, of which
+    64 bits leave none in practice.
     """
-    # 3 bits split 1 + 2 mix slowly, so sizes 5 to 8 walk on 4 bits.
-    bits = torch.frexp((size - 1).to(torch.float64)).exponent.to(torch.int64)  # exact bit length
-    bits = bits + (bits == 3)
-    slope = hash64(key, 0)
-    shape = torch.broadcast_shapes(position.shape, size.shape, key.shape)
-    image = _feistel(position.expand(shape), bits, key, slope)
-    size = size.expand(shape)
-
-    outside = (image >= size).flatten().nonzero().squeeze(1)
-    if len(outside):
-        image = image.flatten()
-        columns = [c.expand(shape).flatten() for c in (bits, key, slope, size)]
-        walking = [c.gather(0, outside) for c in (image, *columns)]
-        while len(outside):
-            landed = _feistel(*walking[:4])
-            image.scatter_(0, outside, landed)
-            still = (landed >= walking[4]).nonzero().squeeze(1)
-            outside = outside.gather(0, still)
-            walking = [c.gather(0, still) for c in (landed, *walking[1:])]
-        image = image.view(shape)
-
-    # From 4 bits on every round is an even permutation: swap 0 and 1 for half of the keys.
-    swap = (slope >> 40) & (size > 1)
-    return image ^ ((image < 2) & swap)
-
-
-def _feistel(x: Tensor, bits: Tensor, key: Tensor, slope: Tensor) -> Tensor:
-    """Permute range(2^bits): each half in turn is xored with a keyed function of the other."""
-    low_bits = bits >> 1
-    low_mask = (1 << low_bits) - 1
-    high_mask = (1 << (bits - low_bits)) - 1
-    low, high = x & low_mask, x >> low_bits
-    for _ in range(_ROUNDS // 2):
-        high ^= _round(low, key).bitwise_and_(high_mask)
-        key = key + slope
-        low ^= _round(high, key).bitwise_and_(low_mask)
-        key = key + slope
-    return (high << low_bits).bitwise_or_(low)
-
-
-def _round(half: Tensor, key: Tensor) -> Tensor:
-    """Middle bits of (key half + key') squared: linear alone leaves small sizes far from random."""
-    mixed = half * key
-    mixed += key >> 32
-    mixed *= mixed
-    mixed >>= 20
-    return mixed
+    return hash64(key[:, None], torch.arange(size, device=key.device)).argsort(dim=1)
 
 
 def _finalise(z: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
-"""Shared by all tests: two threads, and Ray never started by accident."""
+"""Shared by all tests."""
 
 import pytest
 import torch
 
-torch.set_num_threads(2)
+# Small tensors gain nothing from threads, and lose much where tests share the cores with others.
+torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from decentral.draws import hash64, permute, uniform_index
+from decentral.draws import hash64, shuffled, uniform_index
 from decentral.errors import UserError
 
 _STREAM = int.from_bytes(b"batches", "little")  # apart from other uses of the same seed
@@ -23,7 +23,6 @@ class Sampler:
     sampling: "shuffle" takes the shard in a new random order in every epoch, each sample once; a
         batch that meets the end of an epoch goes on in the next, several times where the shard
         is shorter than the batch. "replacement" draws each sample on its own.
-    device: where indices are drawn and returned.
 
     Raises UserError where a worker has no samples.
     """
@@ -35,47 +34,66 @@ class Sampler:
         seed: int,
         sampling: Literal["shuffle", "replacement"],
         workers: Sequence[int],
-        device: torch.device | str = "cpu",
     ):
-        assert batch_size >= 1, batch_size
-        assert sampling in ("shuffle", "replacement"), sampling
-        own = [shards[worker] for worker in workers]
-        sizes = torch.tensor([len(shard) for shard in own])
-        for worker, size in zip(workers, sizes.tolist(), strict=True):
-            if size == 0:
-                raise UserError(
-                    f"every worker needs samples to draw from; worker {worker} has none"
-                )
         self.sampling = sampling
         self.batch_size = batch_size
-        self._samples = torch.cat(own).to(device, torch.int64)
-        self._size = sizes[:, None].to(device)  # [workers, 1], as those below
-        self._start = (sizes.cumsum(0) - sizes)[:, None].to(device)
-        self._key = hash64(_STREAM, seed, torch.tensor(list(workers))[:, None].to(device))
-        self._column = torch.arange(batch_size, device=device)  # [batch]
+        self._workers = len(workers)
+        # Workers whose shards are equally long are in the same place of the same epoch.
+        rows: dict[int, list[int]] = {}
+        for row, worker in enumerate(workers):
+            rows.setdefault(len(shards[worker]), []).append(row)
+        if 0 in rows:
+            worker = workers[rows[0][0]]
+            raise UserError(f"every worker needs samples to draw from; worker {worker} has none")
+        self._groups = [
+            _Group(
+                rows=torch.tensor(members),
+                samples=torch.stack([shards[workers[row]] for row in members]),
+                key=hash64(_STREAM, seed, torch.tensor([workers[row] for row in members])),
+            )
+            for members in rows.values()
+        ]
 
     def indices(self, step: int) -> Tensor:
         """Dataset indices of the batches of `step`, int64 [workers, batch]."""
-        if self.sampling == "replacement":
-            drawn = uniform_index(hash64(self._key, step, self._column), self._size)
-        else:
-            drawn = self._shuffled(step)
-        drawn += self._start
-        return self._samples.index_select(0, drawn.flatten()).view_as(drawn)
-
-    def _shuffled(self, step: int) -> Tensor:
-        """Positions in the shards, [workers, batch]."""
-        first = step * self.batch_size  # of all that the worker draws, this batch's first
-        epoch = first // self._size
-        offset = first - epoch * self._size + self._column
-        beyond = (offset >= self._size).flatten().nonzero().squeeze(1)
-        if len(beyond) == 0:
-            return permute(offset, self._size, hash64(self._key, epoch))
-        # One key per worker is cheap, one per draw is not: only draws past the epoch's end pay.
-        drawn = permute(offset.minimum(self._size - 1), self._size, hash64(self._key, epoch))
-        row = beyond // self.batch_size
-        size, key, epoch = (column[row, 0] for column in (self._size, self._key, epoch))
-        offset = offset.flatten()[beyond]
-        later = hash64(key, epoch + offset // size)
-        drawn.view(-1)[beyond] = permute(offset % size, size, later)
+        drawn = torch.empty(self._workers, self.batch_size, dtype=torch.int64)
+        for group in self._groups:
+            if self.sampling == "shuffle":
+                drawn[group.rows] = group.shuffle(step, self.batch_size)
+            else:
+                drawn[group.rows] = group.replace(step, self.batch_size)
         return drawn
+
+
+class _Group:
+    """Workers with shards of one size m: their `samples` [k, m], and a `key` [k] for each."""
+
+    def __init__(self, rows: Tensor, samples: Tensor, key: Tensor):
+        self.rows = rows
+        self._samples = samples
+        self._key = key
+        self._size = samples.shape[1]
+        self._epochs: dict[int, Tensor] = {}  # what the last batch came from
+
+    def shuffle(self, step: int, batch: int) -> Tensor:
+        """The next `batch` samples of each worker's endless row of shuffled epochs, [k, batch]."""
+        start, stop = step * batch, (step + 1) * batch
+        needed = range(start // self._size, (stop - 1) // self._size + 1)
+        self._epochs = {epoch: self._epoch(epoch) for epoch in needed}
+        parts = [
+            order[:, max(0, start - epoch * self._size) : stop - epoch * self._size]
+            for epoch, order in self._epochs.items()
+        ]
+        return torch.cat(parts, dim=1)
+
+    def _epoch(self, epoch: int) -> Tensor:
+        """All samples of the shards in the order of an epoch, [k, m]."""
+        known = self._epochs.get(epoch)
+        if known is not None:
+            return known
+        return self._samples.gather(1, shuffled(hash64(self._key, epoch), self._size))
+
+    def replace(self, step: int, batch: int) -> Tensor:
+        """`batch` samples of each worker, each drawn from the whole shard, [k, batch]."""
+        bits = hash64(self._key[:, None], step, torch.arange(batch))
+        return self._samples.gather(1, uniform_index(bits, self._size))
