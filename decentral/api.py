@@ -93,7 +93,8 @@ def execute(
         seconds = time.perf_counter() - started
         return _summary(experiment, rows, status, seconds)
 
-    with torch.random.fork_rng():
+    cards = [torch.cuda.current_device()] if config.sim.device == "cuda" else []
+    with torch.random.fork_rng(cards):
         engine = _engine(experiment, watcher)
         try:
             coordinator = Coordinator(experiment, engine)
@@ -111,9 +112,10 @@ def execute(
         finally:
             watcher.end()
             engine.close()
+    final = summary(status)
     if directory is not None:
-        directory.finish(summary(status), state)
-    return _result(experiment, rows, state, summary(status), out)
+        directory.finish(final, state)
+    return _result(experiment, rows, state, final, out)
 
 
 def _engine(experiment: Experiment, watcher: Watcher) -> Engine:

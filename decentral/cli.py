@@ -119,7 +119,8 @@ def topology(
         console.print(_facts_table(facts))
     if plot is not None:
         topologies.plot(made, plot)
-        console.print(f"drawn to {plot}", highlight=False, soft_wrap=True)
+        # Beside --json, standard output is JSON and nothing else.
+        (errors if as_json else console).print(f"drawn to {plot}", highlight=False, soft_wrap=True)
 
 
 def _facts_table(facts: dict[str, Any]) -> Table:

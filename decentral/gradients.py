@@ -116,6 +116,7 @@ class ModuleGradient:
         batch = self._model.cast(fetch(self._task.train, self._sampler.indices(step)))
         *inputs, target = (tensor[0] for tensor in batch)
         self.value.zero_()
+        seed_generators(self._sampler.seed(step), self._model.device)
         with torch.enable_grad():
             loss = self._task.loss(self._model.module(*inputs), target)
             loss.backward()
@@ -150,6 +151,7 @@ class StackedGradient:
 
     def __call__(self, step: int) -> Tensor:
         batch = self._batch(step)
+        seed_generators(self._sampler.seed(step), self._model.device)
         losses = []
         for rows in torch.arange(len(self.parameters)).split(self._chunk):
             rows = slice(int(rows[0]), int(rows[-1]) + 1)
@@ -203,3 +205,13 @@ class StackedGradient:
             log.warning("vmap cannot take this model, so workers run one by one: %s", reason)
             return False
         return True
+
+
+def seed_generators(seed: int, device: str) -> None:
+    """Make what the model draws itself, such as dropout, depend on the step alone.
+
+    torch.manual_seed does the same for every device there may be, and takes ten times as long.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device != "cpu":
+        torch.cuda.manual_seed(seed)

@@ -72,7 +72,7 @@ class PeerComm:
             whole = all_reduce_bytes(nbytes(x), self.n)
             self.bytes_sent += whole * (self.rank + 1) // self.n - whole * self.rank // self.n
             self.events.append(Event("everyone", step, nbytes(x)))
-        return total.div_(self.n).to(x.device)
+        return total.div_(self.n).to(x)
 
     def _exchange(self, operations: list[dist.P2POp], step: int) -> None:
         peer = None

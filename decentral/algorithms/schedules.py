@@ -67,7 +67,8 @@ class Adaptive:
         otherwise:    H <- ceil(F_init / F * H_init)
 
     The paper takes F at the last step alone; the mean over the period has less noise and costs
-    no message either. `max_period` caps H; a loss that is not positive leaves H as it is.
+    no message either. `max_period` caps H; where F is not positive, or the formula not
+    finite, H stays.
     """
 
     def __init__(self, initial_period: int, warmup: int, max_period: int | None = None):
@@ -89,7 +90,7 @@ class Adaptive:
             initial = loss
         if step < self.warmup:
             initial = (initial + loss) / 2
-        elif loss > 0:
+        elif loss > 0 and math.isfinite(initial / loss * self.initial_period):
             period = math.ceil(initial / loss * self.initial_period)
             self.state["period"] = max(1, min(period, self.max_period or period))
         self.state["initial_loss"] = initial

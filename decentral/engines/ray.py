@@ -7,7 +7,7 @@ through torch.distributed. The only module that imports ray.
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,17 +31,28 @@ GRACE_S = 5.0  # after a first failure, to hear from the other workers which one
 
 
 class RayEngine:
-    """An Engine. `say` is told, line by line, what is being started."""
+    """An Engine. `say` is told, line by line, what is being started.
 
-    def __init__(self, experiment: Experiment, say: Callable[[str], None] = log.info):
+    `actors`, from `start_actors`, serve several runs, one after the other: they are left alive.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        say: Callable[[str], None] = log.info,
+        actors: Sequence[Any] = (),
+    ):
         self._experiment = experiment
-        self._actors: list[Any] = []
+        self._actors = list(actors)
+        self._owns_actors = not actors
         self._nodes: list[tuple[str, int]] = []  # address and process id, by rank
         config = experiment.config
         self._owns_cluster = _connect(config.ray, config.workers)
         try:
-            _check_resources(config.ray, config.workers)
-            self._start(say)
+            if self._owns_actors:
+                _check_resources(config.ray, config.workers)
+                self._actors = start_actors(config.ray, config.workers)
+            self._build(say)
         except BaseException:
             self.close()
             raise
@@ -80,21 +91,16 @@ class RayEngine:
         self._each([actor.load.remote(folder) for actor in self._actors])
 
     def close(self) -> None:
-        for actor in self._actors:
-            ray.kill(actor)
+        if self._owns_actors:
+            for actor in self._actors:
+                ray.kill(actor)
         self._actors = []
         if self._owns_cluster:
             self._owns_cluster = False
             ray.shutdown()
 
-    def _start(self, say: Callable[[str], None]) -> None:
+    def _build(self, say: Callable[[str], None]) -> None:
         config = self._experiment.config
-        make = ray.remote(_Actor).options(
-            num_cpus=config.ray.cpus_per_worker,
-            num_gpus=config.ray.gpus_per_worker,
-            max_restarts=0,
-        )
-        self._actors = [make.remote() for _ in range(config.workers)]
         self._nodes = self._all("node")
         shared = ray.put((config, self._experiment.topology, Surroundings.here()))
         self._each([actor.take.remote(rank, shared) for rank, actor in enumerate(self._actors)])
@@ -176,6 +182,14 @@ class _Actor(Worker):
     def node(self) -> tuple[str, int]:
         """Address of the Ray node, and process id."""
         return ray.util.get_node_ip_address(), os.getpid()
+
+
+def start_actors(config: RayConfig, workers: int) -> list[Any]:
+    """As many actors, not yet built for any run, on the cluster that this process is in."""
+    make = ray.remote(_Actor).options(
+        num_cpus=config.cpus_per_worker, num_gpus=config.gpus_per_worker, max_restarts=0
+    )
+    return [make.remote() for _ in range(workers)]
 
 
 def _connect(config: RayConfig, workers: int) -> bool:

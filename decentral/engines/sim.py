@@ -35,7 +35,8 @@ class Simulator:
         )
 
     def step_seconds(self) -> np.ndarray:
-        return np.full(self._experiment.config.workers, step_seconds(self._experiment))
+        config = self._experiment.config
+        return np.full(config.workers, step_seconds(self._experiment, config.sim.device))
 
     def run(self, segment: Segment) -> Report:
         return self.replica.run(segment)

@@ -58,9 +58,9 @@ class Worker:
     ) -> None:
         """Build worker `rank` of the run. The topology comes along, for a graph file may lie on
         the driver's node alone; the task's data is read here."""
+        self.leave()
         surroundings.enter()
         torch.set_num_threads(max(1, int(config.ray.cpus_per_worker)))
-        torch.manual_seed(config.seed)
         self._experiment = build(config, topology)
         self._rank = rank
         self._n = self._experiment.config.workers

@@ -28,7 +28,7 @@ def mlp(shape: Sequence[int], classes: int, *, hidden: Sequence[PositiveInt] = (
 
 
 def cnn(
-    shape: Sequence[int], classes: int, *, channels: Sequence[PositiveInt] = (16, 32)
+    shape: Sequence[int], classes: int, *, channels: Sequence[PositiveInt] = (32, 64)
 ) -> nn.Module:
     """For each of `channels` a 3x3 convolution, ReLU and 2x2 max pooling; then a linear layer.
 

@@ -13,7 +13,9 @@ from torch import Tensor
 from decentral.draws import hash64, shuffled, uniform_index
 from decentral.errors import UserError
 
-_STREAM = int.from_bytes(b"batches", "little")  # apart from other uses of the same seed
+# Streams apart from other uses of the same seed.
+_STREAM = int.from_bytes(b"batches", "little")
+_DROPOUT = int.from_bytes(b"dropout", "little")
 
 
 class Sampler:
@@ -38,6 +40,7 @@ class Sampler:
         self.sampling = sampling
         self.batch_size = batch_size
         self._workers = len(workers)
+        self._seed = int(hash64(_DROPOUT, seed, workers[0]))
         # Workers whose shards are equally long are in the same place of the same epoch.
         rows: dict[int, list[int]] = {}
         for row, worker in enumerate(workers):
@@ -53,6 +56,10 @@ class Sampler:
             )
             for members in rows.values()
         ]
+
+    def seed(self, step: int) -> int:
+        """A seed for what else is random at `step`, such as dropout: for the first of `workers`."""
+        return (self._seed + step) % 2**63
 
     def indices(self, step: int) -> Tensor:
         """Dataset indices of the batches of `step`, int64 [workers, batch]."""

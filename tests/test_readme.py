@@ -1,0 +1,112 @@
+"""The README keeps its word: its commands run, its output is theirs, its files exist."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import decentral
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def one_block(language, containing):
+    (found,) = [block for block in blocks(language) if containing in block]
+    return found
+
+
+def decentral_commands(containing):
+    lines = one_block("bash", containing).splitlines()
+    return [shlex.split(line)[1:] for line in lines]
+
+
+def run_command(arguments, folder):
+    process = subprocess.run(
+        [sys.executable, "-m", "decentral", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": "/usr/bin:/bin", "COLUMNS": "80", "OMP_NUM_THREADS": "1", "HOME": "/tmp"},
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def test_ci_runs_the_test_command_as_it_stands_here():
+    command = one_block("bash", "bin/pytest").strip()
+    assert command in (ROOT / ".ci/run").read_text().splitlines()
+
+
+def test_every_file_of_the_tree_exists_and_every_module_is_in_it():
+    tree = one_block("text", "decentral/\n")
+    folder, named = Path(), set()
+    for line in tree.splitlines():
+        name = line.split()[0]
+        path = Path(name) if not line.startswith(" ") else folder / name
+        folder = path if not line.startswith(" ") else folder
+        assert (ROOT / path).exists(), path
+        named.add(path.name)
+    for module in (ROOT / "decentral").glob("*.py"):
+        assert module.name in named or module.name.startswith("__"), module
+
+
+def test_the_example_of_an_own_task_is_short_and_learns(tmp_path, monkeypatch):
+    source = one_block("python", "def spirals")
+    assert len(source.splitlines()) < 30
+    (tmp_path / "spirals.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = yaml.safe_load(one_block("yaml", "spirals:spirals"))
+    result = decentral.run(config, seed=1)
+    assert result.summary["final"]["eval_accuracy"] > 0.95
+    with pytest.raises(decentral.UserError, match="did you mean 'points'"):
+        decentral.run(config, **{"task.point": 3})
+
+
+def test_the_example_from_python_runs(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    exec(one_block("python", "result.metrics"), {})
+    printed = capsys.readouterr().out
+    assert "consensus_distance" in printed
+    assert "Linear" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", decentral_commands("topology torus"), ids=" ".join)
+def test_the_commands_run(arguments, tmp_path):
+    if arguments[0] == "run":
+        arguments = [*arguments, "steps=20"]
+        if "--out" not in arguments:
+            arguments += ["--out", str(tmp_path / "out")]
+        else:
+            arguments[arguments.index("--out") + 1] = str(tmp_path / "out")
+    assert run_command(arguments, ROOT)
+
+
+def figures(text):
+    """The text with times masked, and its other numbers by themselves."""
+    text = re.sub(r"written to .*", "written to DIRECTORY", text)
+    lines = [line for line in text.splitlines() if "training time" not in line]
+    lines = [line for line in lines if "with start-up" not in line]
+    text = "\n".join(line.rstrip() for line in lines)
+    return re.sub(r"\d+\.\d+", "0", text), [float(x) for x in re.findall(r"\d+\.\d+", text)]
+
+
+@pytest.mark.slow
+def test_the_quickstart_prints_what_the_readme_shows(tmp_path):
+    command = one_block("bash", "quickstart.yaml\n").split(".venv/bin/decentral ")[-1].split()
+    printed = run_command([*command, "--out", str(tmp_path / "out")], ROOT)
+    text, numbers = figures(printed)
+    shown_text, shown_numbers = figures(one_block("text", "quickstart: gossip_pga"))
+    assert text == shown_text
+    # Rounding differs between processors, and grows over 400 float32 steps.
+    assert numbers == pytest.approx(shown_numbers, rel=0.1, abs=0.02)
