@@ -126,6 +126,10 @@ def saved(folder):
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
+def coordinator_of(folder, step):
+    return json.loads((folder / f"checkpoints/step-{step:08d}/coordinator.json").read_text())
+
+
 def state_of(folder):
     return torch.load(folder / "model.pt", weights_only=True)
 
@@ -136,7 +140,9 @@ def assert_same_run(one, other):
     pandas.testing.assert_frame_equal(*frames, check_exact=True)
     ours, theirs = (result.model.state_dict() for result in (one, other))
     assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for name, value in ours.items():
+        assert torch.isfinite(value).all()
+        assert torch.equal(value, theirs[name]), name
 
 
 def without_time(rows):
@@ -189,15 +195,17 @@ def test_what_adds_up_rises_from_record_to_record(small, tmp_path):
 
 def test_the_loss_of_a_record_is_the_mean_since_the_one_before(small):
     small["optimizer"] = {"name": "sgd", "lr": 0.0}
-    each = decentral.run(small, **{"record.every": 1}).metrics.loss
     thirds = decentral.run(small).metrics.loss
+    small["record"] = {"every": 1}
+    each = decentral.run(small).metrics.loss
     np.testing.assert_allclose(thirds[:6], each[:18].to_numpy().reshape(6, 3).mean(1))
     np.testing.assert_allclose(thirds[6], each[18:].mean())  # steps 19 and 20 alone
 
 
 def test_the_lr_of_a_record_is_that_of_its_last_step(small):
-    schedule = {"name": "step", "milestones": [7], "gamma": 0.5}
-    metrics = decentral.run(small, lr_schedule=schedule, **{"record.every": 1}).metrics
+    small["lr_schedule"] = {"name": "step", "milestones": [7], "gamma": 0.5}
+    small["record"] = {"every": 1}
+    metrics = decentral.run(small).metrics
     assert metrics.lr.tolist() == [0.1] * 7 + [0.05] * 13
 
 
@@ -302,8 +310,8 @@ def full_disk(*_):
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     path = tmp_path / "summary.json"
     records.write_atomically(path, b"old")
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(os, "fsync", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
         records.write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
@@ -368,9 +376,8 @@ def test_a_resumed_classifier_is_the_uninterrupted_one(quick, tmp_path, dtype, p
 
 def test_running_statistics_and_counters_survive_a_checkpoint(small, tmp_path, monkeypatch):
     use(monkeypatch, nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 1)))
-    small["task"] = {"name": "mine", "batch_size": 4}
-    whole = decentral.run(small)
-    crash(small, tmp_path, 14)
+    whole = decentral.run(small, task=MINE, optimizer=GENTLE)
+    crash(small | {"task": MINE, "optimizer": GENTLE}, tmp_path, 14)
     resumed = decentral.resume(tmp_path)
     assert_same_run(whole, resumed)
     assert resumed.model.state_dict()["1.num_batches_tracked"] == 20
@@ -378,10 +385,13 @@ def test_running_statistics_and_counters_survive_a_checkpoint(small, tmp_path, m
 
 def test_a_model_that_draws_goes_on_with_the_same_draws(small, tmp_path, monkeypatch):
     use(monkeypatch, nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.Linear(5, 1)))
-    small["task"] = {"name": "mine", "batch_size": 4}
-    whole = decentral.run(small)
-    crash(small, tmp_path, 14)
+    whole = decentral.run(small, task=MINE, optimizer=GENTLE)
+    crash(small | {"task": MINE, "optimizer": GENTLE}, tmp_path, 14)
     assert_same_run(whole, decentral.resume(tmp_path))
+
+
+MINE = {"name": "mine", "batch_size": 4}
+GENTLE = {"name": "adam", "lr": 0.01}
 
 
 def use(monkeypatch, model):
@@ -419,21 +429,19 @@ def test_every_lr_schedule_goes_on_where_it_was(small, tmp_path, name):
     assert_same_run(whole, decentral.resume(tmp_path))
 
 
-def test_a_checkpoint_within_an_adaptive_period_keeps_its_phase(small, tmp_path):
-    """At step 10 the period has grown, and is under way since the average before."""
-    small["algorithm"] = {"name": "gossip_aga", **ALGORITHMS["gossip_aga"]}
-    whole = decentral.run(small, **{"record.every": 1})
-    crash(small, tmp_path, 11)
-    state = json.loads((tmp_path / "checkpoints/step-00000010/coordinator.json").read_text())
-    schedule = state["schedule"]
-    assert schedule["period"] > ALGORITHMS["gossip_aga"]["initial_period"]
-    assert 0 < 9 - schedule["last"] < schedule["period"]
-    resumed = decentral.resume(tmp_path, **{"record.every": 1})
-    later = whole.metrics.step > 10
-    assert resumed.metrics.period[-10:].tolist() == whole.metrics.period[later].tolist()
-    assert resumed.metrics.bytes_sent.iloc[-1] == whole.metrics.bytes_sent.iloc[-1]
-    state, expected = resumed.model.state_dict(), whole.model.state_dict()
-    assert torch.equal(state["x"], expected["x"])
+@pytest.mark.parametrize("options", [{"initial_period": 2, "warmup": 3}, {"warmup": 100}])
+def test_a_checkpoint_within_an_adaptive_period_keeps_its_phase(small, tmp_path, options):
+    """At step 15 a period is under way since the average before, and the loss since then counts:
+    for the next period after the warm-up, in it for the loss that they are measured against."""
+    small["algorithm"] = {"name": "gossip_aga", **options}
+    small["record"] = {"every": 1}
+    whole = decentral.run(small, out=tmp_path / "whole")
+    crash(small, tmp_path / "part", 16)
+    schedule = coordinator_of(tmp_path / "part", 15)["schedule"]
+    assert 0 < 14 - schedule["last"] < schedule["period"]
+    assert_same_run(whole, decentral.resume(tmp_path / "part"))
+    ends = [coordinator_of(tmp_path / folder, 20)["schedule"] for folder in ("whole", "part")]
+    assert ends[0] == ends[1]
 
 
 def test_records_beyond_the_checkpoint_are_dropped(small, tmp_path):
@@ -457,6 +465,13 @@ def test_a_torn_checkpoint_is_never_loaded(small, tmp_path):
     assert not (tmp_path / "checkpoints/.step-00000015.partial").exists()
 
 
+def test_a_torn_checkpoint_alone_is_none(small, tmp_path):
+    decentral.run(small, out=tmp_path, **{"checkpoint.every": None})
+    (tmp_path / "checkpoints/.step-00000005.partial").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        decentral.resume(tmp_path)
+
+
 def test_a_failure_while_a_checkpoint_is_written_leaves_the_one_before(
     small, tmp_path, monkeypatch
 ):
@@ -469,9 +484,10 @@ def test_a_failure_while_a_checkpoint_is_written_leaves_the_one_before(
             full_disk()
         save(self, folder)
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(Simulator, "save", torn)
+    monkeypatch.setattr(Simulator, "save", torn)
+    with pytest.raises(OSError, match="No space left"):
         decentral.run(small, out=tmp_path)
+    monkeypatch.undo()
     assert checkpoints.latest(tmp_path).name == "step-00000010"
     assert_same_run(whole, decentral.resume(tmp_path))
 
@@ -521,12 +537,13 @@ def test_a_resumed_run_keeps_what_the_checkpoint_fixes(small, tmp_path, key, val
         {"optimizer.lr": 0.01},
         {"lr_schedule": {"name": "step", "milestones": [12]}},
         {"task.dim": 5},
+        {"steps": 4},
     ],
-    ids=["optimizer", "learning rate", "schedule", "model"],
+    ids=["optimizer", "learning rate", "schedule", "model", "fewer steps"],
 )
 def test_a_change_that_the_checkpoint_would_undo_is_refused(small, tmp_path, change):
-    """Optimizer, schedule and parameters come from the checkpoint: a change must not pass
-    unheeded, nor end in a traceback."""
+    """Optimizer, schedule, parameters and the steps taken come from the checkpoint: a change must
+    not pass unheeded, nor end in a traceback."""
     crash(small, tmp_path, 7)
     with pytest.raises(UserError, match="resumed run"):
         decentral.resume(tmp_path, **change)
@@ -541,7 +558,7 @@ def test_a_resumed_ray_run_is_the_uninterrupted_one(small, tmp_path, monkeypatch
     crash(small, "part", 7)
     assert saved(tmp_path / "part") == ["step-00000003", "step-00000006"]
     resumed = decentral.resume("part")
-    frames = [r.metrics.drop(columns="time_s") for r in (whole, resumed)]
-    pandas.testing.assert_frame_equal(*frames, rtol=1e-12, atol=0)
+    one, other = (r.metrics.drop(columns="time_s") for r in (whole, resumed))
+    pandas.testing.assert_frame_equal(one, other, rtol=1e-12, atol=0)
     state, expected = resumed.model.state_dict(), whole.model.state_dict()
     np.testing.assert_allclose(state["x"], expected["x"], rtol=1e-12)

@@ -7,6 +7,7 @@ through torch.distributed. The only module that imports ray.
 import logging
 import math
 import os
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -198,8 +199,9 @@ def _connect(config: RayConfig, workers: int) -> bool:
         return False
     if config.address is not None:
         try:
+            _reach(config.address)
             ray.init(address=config.address, logging_level=logging.ERROR)
-        except ConnectionError as error:
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"there is no Ray cluster at {config.address!r} ({error}); start one with"
                 " `ray start --head`, or take ray.address away for a local one",
@@ -216,6 +218,13 @@ def _connect(config: RayConfig, workers: int) -> bool:
         object_store_memory=128 * 2**20,
     )
     return True
+
+
+def _reach(address: str) -> None:
+    """Raise OSError or ValueError if nobody listens at host:port: ray.init would try for minutes."""
+    if address != "auto" and "://" not in address:
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _check_resources(config: RayConfig, workers: int) -> None:

@@ -1,0 +1,81 @@
+"""Each benchmark runs, small, and writes the fields that its readers count on. Nothing is timed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SMALL = {
+    "gossip_pga_digits": ["--steps", "24", "--seeds", "2", "--workers", "4"],
+    "simulator_rate": ["--workers", "4", "--workers", "8", "--repeats", "1"],
+}
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    """What each script wrote and printed, run as a user runs it, warnings as errors."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    outputs = {}
+    for name, options in SMALL.items():
+        out = folder / f"{name}.json"
+        script = [str(BENCHMARKS / f"{name}.py"), *options, "--out", str(out)]
+        done = subprocess.run(
+            [sys.executable, "-W", "error", *script], capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stderr
+        outputs[name] = json.loads(out.read_text(encoding="utf-8")), done.stdout
+    return outputs
+
+
+def test_every_benchmark_is_run_here_and_has_a_committed_result():
+    scripts = {path.stem for path in BENCHMARKS.glob("*.py")} - {"machine"}
+    assert scripts == set(SMALL)
+    assert {path.stem for path in (BENCHMARKS / "results").glob("*.json")} == scripts
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_result_has_the_fields_of_the_committed_one(name, outputs):
+    committed = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    assert fields(outputs[name][0]) == fields(committed)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_result_says_where_it_was_taken(name, outputs):
+    taken = outputs[name][0]["machine"]
+    assert taken["cpu"]
+    assert taken["cores"] >= 1
+    assert taken["threads"] >= 1
+    assert {"python", "torch", "decentral"} <= set(taken["versions"])
+
+
+def test_the_verdict_of_gossip_pga_digits_follows_its_figures(outputs):
+    result, text = outputs["gossip_pga_digits"]
+    versus, methods = result["gossip_pga_minus_gossip_sgd"], result["methods"]
+    below = versus["steps_with_smaller_distance"] == versus["steps_compared"]
+    mean = methods["gossip_pga"]["accuracy"]["mean"] - methods["gossip_sgd"]["accuracy"]["mean"]
+    assert mean == pytest.approx(versus["accuracy"]["mean"], abs=2e-4)  # four digits are written
+    assert versus["distance_below_at_every_step"] == below
+    assert versus["accuracy_at_least"] == (versus["accuracy"]["mean"] >= 0)
+    said = "holds" if below and versus["accuracy_at_least"] else "does not hold"
+    assert f"The claim {said} for these figures" in " ".join(text.split())
+
+
+def test_simulator_rate_measures_the_sizes_asked_for(outputs):
+    sizes = outputs["simulator_rate"][0]["sizes"]
+    assert [row["workers"] for row in sizes] == [4, 8]
+    assert {row["parameters"] for row in sizes} == {19_210}
+    assert all(row["step_ms"] > 0 and row["ratio"] > 0 for row in sizes)
+
+
+def fields(value):
+    """The names in a result, nested: values left out, the rows of a list taken together."""
+    if isinstance(value, dict):
+        return {key: fields(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [fields(value[0])] if value else []
+    return None

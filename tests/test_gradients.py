@@ -1,0 +1,232 @@
+"""All workers at once are each worker alone: stacked gradients against the plain backward pass."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import decentral
+from decentral.gradients import (
+    CHUNK_WORKERS_WITH_CONVOLUTIONS,
+    FlatModel,
+    Layout,
+    ModuleGradient,
+    StackedGradient,
+)
+from decentral.tasks import Sampler, Task
+from decentral.tasks.models import cnn, mlp
+
+SAMPLES, BATCH = 40, 6
+
+
+class Tied(nn.Module):
+    """One weight used twice, a frozen layer, and a parameter that the output does not need."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+        self.frozen = nn.Linear(6, 6).requires_grad_(False)
+        self.unused = nn.Parameter(torch.ones(2))
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.last(self.frozen(torch.tanh(self.second(torch.tanh(self.first(x))))))
+
+
+class Scalar(nn.Module):
+    """A parameter and a buffer of no dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.last = nn.Linear(6, 3)
+        self.calls: torch.Tensor
+        self.register_buffer("calls", torch.tensor(0.0))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.last(x) * self.scale
+
+
+class Branching(nn.Module):
+    """Decides by its data, which vmap cannot."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.first(x) if x.sum().item() > 0 else self.last(x)
+
+
+def normed():
+    return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def normed_cnn():
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(24, 3))
+
+
+def cumulative_norm():
+    """Its running mean weighs by the number of batches, which it reads out of a tensor."""
+    return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5, momentum=None), nn.Linear(5, 3))
+
+
+# name: (model, shape of a sample, whether vmap takes it)
+MODELS = {
+    "mlp": (lambda: mlp([6], 3, hidden=[5]), (6,), True),
+    "linear": (lambda: mlp([6], 3, hidden=[]), (6,), True),
+    "cnn": (lambda: cnn([1, 4, 4], 3, channels=[4]), (1, 4, 4), True),
+    "tied and frozen": (Tied, (6,), True),
+    "scalar": (Scalar, (6,), True),
+    "normed": (normed, (6,), True),
+    "normed cnn": (normed_cnn, (1, 4, 5), True),
+    "branching": (Branching, (6,), False),
+    "cumulative norm": (cumulative_norm, (6,), False),
+}
+NORMED = ("normed", "normed cnn", "cumulative norm")
+
+
+def task_of(name):
+    make, shape, _ = MODELS[name]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(SAMPLES, *shape, generator=generator) * 2 + 0.3
+    y = torch.randint(3, (SAMPLES,), generator=generator)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = make()
+    return Task(model, nn.functional.cross_entropy, (x, y), (x, y))
+
+
+def gradient_of(name, workers):
+    """Of all these workers stacked, or of the one worker that an int names."""
+    task = task_of(name)
+    model = FlatModel(task.model, torch.float64)
+    shards = [torch.arange(i % 4, SAMPLES, 2) for i in range(32)]
+    chosen = workers if isinstance(workers, list) else [workers]
+    sampler = Sampler(shards=shards, workers=chosen, batch_size=BATCH, seed=3, sampling="shuffle")
+    if isinstance(workers, list):
+        return StackedGradient(model, task, sampler, len(workers)), model
+    return ModuleGradient(model, task, sampler), model
+
+
+def assert_close(one, other):
+    """To rounding: a stacked product adds up in another order."""
+    torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("workers", [1, 3, CHUNK_WORKERS_WITH_CONVOLUTIONS + 2])
+@pytest.mark.parametrize("name", MODELS)
+def test_stacked_gradients_are_those_of_each_worker(name, workers):
+    """Losses, gradients, running statistics and counters, at parameters that differ."""
+    stacked, model = gradient_of(name, list(range(workers)))
+    assert model.takes_vmap == MODELS[name][2]
+    generator = torch.Generator().manual_seed(2)
+    stacked.parameters += 0.1 * torch.randn(
+        stacked.parameters.shape, generator=generator, dtype=torch.float64
+    )
+    start = stacked.parameters.clone()
+    losses, gradients, steps = [], [], (0, 1, 5)
+    for step in steps:
+        losses.append(stacked(step))
+        gradients.append(stacked.value.clone())
+    assert torch.equal(stacked.parameters, start)
+
+    for worker in range(workers):
+        alone, _ = gradient_of(name, worker)
+        alone.parameters.copy_(start[worker])
+        for step, loss, gradient in zip(steps, losses, gradients, strict=True):
+            assert_close(alone(step), loss[worker])
+            assert_close(alone.value, gradient[worker])
+        assert_close(alone.buffers, stacked.buffers[worker])
+        assert alone.counters.keys() == stacked.counters.keys()
+        for counter, value in alone.counters.items():
+            assert torch.equal(value, stacked.counters[counter][worker])
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_training_moves_running_statistics_and_counts_batches(name):
+    stacked, model = gradient_of(name, [0, 1, 2])
+    before = stacked.buffers.clone()
+    stacked(0)
+    stacked(1)
+    assert (stacked.buffers - before).abs().amin() > 0
+    assert (stacked.buffers[0] - stacked.buffers[1]).abs().amax() > 1e-3  # each its own data
+    assert [c.tolist() for c in stacked.counters.values()] == [[2, 2, 2]]
+    assert model.b.equal(before[0])  # a probe of vmap, say, has left the initial ones alone
+
+
+@pytest.mark.parametrize("name", ["branching", "cumulative norm"])
+def test_a_model_that_vmap_cannot_take_is_said_once_in_a_run(name, caplog, monkeypatch):
+    monkeypatch.setattr("decentral.tasks.TASKS", {})
+    monkeypatch.setattr("decentral.experiment.TASKS", {"mine": lambda workers, seed: task_of(name)})
+    config = {
+        "workers": 3,
+        "steps": 6,
+        "task": {"name": "mine", "batch_size": BATCH},
+        "optimizer": {"name": "sgd", "lr": 0.1},
+        "algorithm": {"name": "gossip_sgd"},
+        "topology": {"name": "ring"},
+        "record": {"every": 2, "evaluate_every": 2},
+    }
+    with caplog.at_level(logging.DEBUG, logger="decentral"):
+        decentral.run(config)
+    warnings = [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(warnings) == 1
+    assert "workers run one by one" in warnings[0].getMessage()
+
+
+def test_a_model_that_vmap_takes_is_not_spoken_of(caplog):
+    gradient_of("mlp", [0, 1])
+    assert not caplog.records
+
+
+def test_a_shared_parameter_is_there_once_and_a_frozen_one_not_at_all():
+    task = task_of("tied and frozen")
+    model = FlatModel(task.model, torch.float64)
+    names = ["unused", "first.weight", "first.bias", "second.bias", "last.weight", "last.bias"]
+    assert list(model.parameters.shapes) == names
+    assert len(model.x) == 2 + 36 + 6 + 6 + 18 + 3
+
+    state = model.state_dict(torch.arange(len(model.x), dtype=torch.float64), model.b, {})
+    assert torch.equal(state["first.weight"], state["second.weight"])
+    assert torch.equal(state["frozen.weight"], task.model.state_dict()["frozen.weight"])
+    assert state["first.weight"].flatten().tolist() == list(range(2, 38))
+
+
+def test_views_write_through_to_the_flat_buffer():
+    layout = Layout({"a": torch.zeros(2, 3), "scalar": torch.tensor(0.0), "b": torch.zeros(1)})
+    assert layout.size == 8
+    for flat in (torch.zeros(8), torch.zeros(4, 8)):
+        views = layout.views(flat)
+        lead = flat.shape[:-1]
+        assert {n: tuple(v.shape) for n, v in views.items()} == {
+            "a": (*lead, 2, 3), "scalar": tuple(lead), "b": (*lead, 1)
+        }  # fmt: skip
+        for number, view in enumerate(views.values(), start=1):
+            assert view.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
+            view.fill_(number)
+        expected = torch.tensor([1.0] * 6 + [2.0, 3.0])
+        assert torch.equal(flat, expected.expand_as(flat))
+
+
+def test_flatten_copies_values_in_order_and_dtype():
+    tensors = {"a": torch.tensor([[1.0, 2.0]]), "scalar": torch.tensor(3.0)}
+    flat = Layout(tensors).flatten(tensors, torch.float64)
+    assert flat.dtype == torch.float64
+    assert flat.tolist() == [1.0, 2.0, 3.0]
+    tensors["a"].fill_(9.0)
+    assert flat.tolist() == [1.0, 2.0, 3.0]
+
+
+def test_a_module_trains_in_place_on_its_flat_buffer():
+    alone, model = gradient_of("normed", 0)
+    alone.parameters.fill_(0.25)
+    assert all((p == 0.25).all() for p in model.module.parameters())
+    alone(0)
+    gradients = [p.grad for p in model.module.parameters()]
+    assert torch.equal(torch.cat([g.flatten() for g in gradients if g is not None]), alone.value)
+    assert model.module.get_buffer("1.running_mean").abs().max() > 0
+    assert alone.buffers[:5].equal(model.module.get_buffer("1.running_mean"))
