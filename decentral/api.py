@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     import pandas
 
 
+MAY_CHANGE = ("steps", "record", "checkpoint", "network", "ray", "name")  # in a resumed run
+
+
 @dataclass(frozen=True)
 class Result:
     """What a run gave.
@@ -59,17 +62,25 @@ def run(
 def resume(directory: str | Path, *, watcher: Watcher | None = None, **overrides: Any) -> Result:
     """Go on with a run from its newest checkpoint, in the same directory.
 
-    Overrides may change what the checkpoint does not fix: `steps`, for one.
+    Overrides may change what the checkpoint does not fix: see MAY_CHANGE.
     """
     directory = Path(directory)
     if not (directory / "config.yaml").exists():
         raise UserError(f"{directory} is not a run directory: it has no config.yaml", "--resume")
     before = load(directory / "config.yaml")
     config = load(directory / "config.yaml", overrides)
-    for key in ("engine", "workers", "dtype", "seed"):
-        if getattr(config, key) != getattr(before, key):
-            raise UserError(f"a resumed run keeps its {key}, {getattr(before, key)}", key)
+    for key in Config.model_fields:
+        if key not in MAY_CHANGE and getattr(config, key) != getattr(before, key):
+            raise UserError(
+                f"a resumed run keeps its {key}; it may change {', '.join(MAY_CHANGE)}", key
+            )
     checkpoint = checkpoints.latest(directory)
+    if config.steps < checkpoints.step_of(checkpoint):
+        raise UserError(
+            f"the resumed run has taken {checkpoints.step_of(checkpoint)} steps already;"
+            f" got {config.steps}",
+            "steps",
+        )
     return execute(config, directory, watcher or Watcher(), checkpoint)
 
 

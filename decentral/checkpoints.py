@@ -24,6 +24,9 @@ def save(run: Path, coordinator: Coordinator, engine: Engine) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     engine.save(partial)
+    for file in partial.iterdir():
+        with open(file, "rb") as written:
+            os.fsync(written.fileno())
     write_atomically(partial / "coordinator.json", json.dumps(coordinator.state()).encode())
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
@@ -47,6 +50,11 @@ def restore(folder: Path, coordinator: Coordinator, engine: Engine) -> None:
     """Bring engine and coordinator to where the checkpoint was taken."""
     engine.load(folder)
     coordinator.restore(json.loads((folder / "coordinator.json").read_text()))
+
+
+def step_of(folder: Path) -> int:
+    """The step at which a checkpoint was taken."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def _all(run: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -137,8 +138,7 @@ def load(
     for key, value in (overrides or {}).items():
         _override(raw, key, value)
     raw = _without_nulls(raw)
-    if not isinstance(source, Mapping):
-        _find_beside(raw, Path(source).parent)
+    _find_graph(raw, Path() if isinstance(source, Mapping) else Path(source).parent)
     _check_keys(raw, Config)
     try:
         return Config.model_validate(raw)
@@ -162,18 +162,23 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
 
 def dump(config: Config) -> str:
     """The config as YAML, defaults filled in; `load` reads it back to an equal config."""
-    return yaml.safe_dump(config.model_dump(exclude_none=True), sort_keys=False)
+    return yaml.dump(config.model_dump(exclude_none=True), Dumper=_Dumper, sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):
     """safe_load that also reads 1e-3 as a number, as YAML 1.2 and every user do."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """safe_dump that puts quotes around a text which _Loader would take for a number."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"),
+        list("-+0123456789"),
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -191,6 +196,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _copy(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _copy(item) for key, item in value.items()}
+    if isinstance(value, np.generic):  # from a grid such as np.linspace
+        return value.item()
     return [_copy(item) for item in value] if isinstance(value, list) else value
 
 
@@ -213,11 +220,13 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _find_beside(raw: dict[str, Any], folder: Path) -> None:
+def _find_graph(raw: dict[str, Any], folder: Path) -> None:
+    """Make the path of a graph file absolute: a run may be resumed from elsewhere."""
     topology = raw.get("topology")
     name = topology.get("file") if isinstance(topology, dict) else None
-    if isinstance(name, str) and not Path(name).exists() and (folder / name).exists():
-        topology["file"] = str(folder / name)
+    if isinstance(name, str):
+        beside = not Path(name).exists() and (folder / name).exists()
+        topology["file"] = str((folder / name if beside else Path(name)).absolute())
 
 
 def _check_keys(raw: Mapping[str, Any], schema: type[BaseModel], path: str = "") -> None:

@@ -117,13 +117,14 @@ class _atomic:
         return self._file
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._file.close()
-        if kind is None:
-            os.replace(self._partial, self._path)
-        else:
+        try:
+            with self._file:
+                if kind is None:
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+            if kind is None:
+                os.replace(self._partial, self._path)
+        finally:
             self._partial.unlink(missing_ok=True)
 
 

@@ -60,14 +60,14 @@ WRONG = {
     "option of another topology": (["topology.degree=3"], "ring takes no option 'degree'"),
     "impossible size": (["topology.name=hypercube", "workers=6"], "4 or 8"),
     "weights that do not fit": (
-        ["topology.name=exponential", "topology.weights=metropolis"], "weights: uniform"
+        ["topology.name=exponential", "topology.weights=metropolis"],
+        "weights: uniform",
     ),
-    "not doubly stochastic": (
-        ["topology.name=star", "topology.weights=uniform"], "gossip_pga"
-    ),
+    "not doubly stochastic": (["topology.name=star", "topology.weights=uniform"], "gossip_pga"),
     "missing graph file": (["topology.name=null", "topology.file=no.gml"], "no.gml"),
     "graph of another size": (
-        ["topology.name=null", "topology.file=house5.gml"], "workers is 4; set workers: 5"
+        ["topology.name=null", "topology.file=house5.gml"],
+        "workers is 4; set workers: 5",
     ),
     "disconnected graph": (["topology.name=null", "topology.file=apart.gml"], "connected"),
     "name and file": (["topology.file=house5.gml"], "both"),
@@ -77,9 +77,7 @@ WRONG = {
     "unknown optimizer option": (["optimizer.momentun=0.9"], "did you mean 'momentum'?"),
     "option that torch refuses": (["optimizer.momentum=-1"], "optimizer: sgd refuses"),
     "lbfgs": (["optimizer.name=lbfgs", "optimizer.momentum=null"], "lbfgs refuses"),
-    "adafactor": (
-        ["optimizer.name=adafactor", "optimizer.momentum=null"], "not element-wise"
-    ),
+    "adafactor": (["optimizer.name=adafactor", "optimizer.momentum=null"], "not element-wise"),
     "unknown schedule": (["lr_schedule.name=stepp"], "did you mean 'step'?"),
     "schedule without its option": (["lr_schedule.name=step"], "lr_schedule.milestones"),
     "schedule too short": (
@@ -94,26 +92,32 @@ WRONG = {
     "unknown partition": (["task.partition.kind=dirichlett"], "did you mean 'dirichlet'?"),
     "negative alpha": (["task.partition.alpha=-1"], "task.partition.alpha"),
     "partition of a task that has its own": (
-        ["task.name=quadratic", "task.model=null"], "task.partition"
+        ["task.name=quadratic", "task.model=null"],
+        "task.partition",
     ),
     "task that cannot be imported": (["task.name=nowhere:make", "task.model=null"], "nowhere"),
     "task that is not in its module": (["task.name=mine:make", "task.model=null"], "'make'"),
     "task that is no function": (["task.name=mine:not_callable", "task.model=null"], "no function"),
     "task that raises": (["task.name=mine:raises", "task.model=null"], "no such disk"),
     "task that returns nothing": (
-        ["task.name=mine:returns_nothing", "task.model=null"], "must return a decentral.Task"
+        ["task.name=mine:returns_nothing", "task.model=null"],
+        "must return a decentral.Task",
     ),
     "task whose loss is not finite": (
-        ["task.name=mine:diverges", "task.model=null", "task.partition=null"], "nan at the start"
+        ["task.name=mine:diverges", "task.model=null", "task.partition=null"],
+        "nan at the start",
     ),
     "task whose shapes do not fit": (
-        ["task.name=mine:mismatched", "task.model=null", "task.partition=null"], "first batch"
+        ["task.name=mine:mismatched", "task.model=null", "task.partition=null"],
+        "first batch",
     ),
     "task with nothing to train": (
-        ["task.name=mine:frozen", "task.model=null", "task.partition=null"], "no parameter"
+        ["task.name=mine:frozen", "task.model=null", "task.partition=null"],
+        "no parameter",
     ),
     "more GPUs than there are": (
-        ["engine=ray", "ray.gpus_per_worker=64"], "4 workers x 64 GPU asked, the cluster has"
+        ["engine=ray", "ray.gpus_per_worker=64"],
+        "4 workers x 64 GPU asked, the cluster has",
     ),
     "simulator on a GPU that is not there": (["sim.device=cuda"], "sim.device"),
     "no Ray cluster there": (["engine=ray", "ray.address=127.0.0.1:1"], "ray.address"),

@@ -67,7 +67,9 @@ def launched(config, pool):
 def both(pool, **overrides):
     """The quickstart, changed, on both engines: their metrics."""
     config = load(QUICKSTART, overrides)
-    return decentral.run(QUICKSTART, **overrides | {"engine": "sim"}).metrics, launched(config, pool)
+    return decentral.run(QUICKSTART, **overrides | {"engine": "sim"}).metrics, launched(
+        config, pool
+    )
 
 
 def assert_equal(sim, launched, rtol, atol, until=None):

@@ -221,7 +221,7 @@ def _connect(config: RayConfig, workers: int) -> bool:
 
 
 def _reach(address: str) -> None:
-    """Raise OSError or ValueError if nobody listens at host:port: ray.init would try for minutes."""
+    """Raise OSError or ValueError if nobody listens there: ray.init would try for minutes."""
     if address != "auto" and "://" not in address:
         host, _, port = address.rpartition(":")
         socket.create_connection((host, int(port)), timeout=10).close()
