@@ -34,8 +34,15 @@ from decentral.replica import Averaging, Segment
 from decentral.tasks import Sampler, fetch
 
 PERIOD = 8
-BATCH_SIZE = 32
-LR, MOMENTUM = 0.05, 0.9
+SGD: dict[str, Any] = {"lr": 0.05, "momentum": 0.9}
+CONFIG: dict[str, Any] = {
+    "steps": 1,  # the benchmark drives the engine itself
+    "dtype": "float32",
+    "task": {"name": "digits", "batch_size": 32, "model": {"name": "mlp", "hidden": [256]}},
+    "optimizer": {"name": "sgd"} | SGD,
+    "algorithm": {"name": "gossip_pga", "period": PERIOD},
+    "topology": {"name": "ring"},
+}
 WORKER_STEPS = 2048  # simulated at least, in each half of a pair
 
 
@@ -56,13 +63,7 @@ def main(
     if out is not None:
         result = {
             "benchmark": "simulator_rate",
-            "settings": {
-                "algorithm": {"name": "gossip_pga", "period": PERIOD},
-                "topology": "ring",
-                "batch_size": BATCH_SIZE,
-                "dtype": "float32",
-                "repeats": repeats,
-            },
+            "settings": {"repeats": repeats} | CONFIG,
             "sizes": rows,
             "machine": machine.describe(started),
         }
@@ -71,22 +72,7 @@ def main(
 
 
 def measure(n: int, repeats: int) -> dict[str, Any]:
-    experiment = build(
-        load(
-            {
-                "workers": n,
-                "steps": 1,
-                "task": {
-                    "name": "digits",
-                    "batch_size": BATCH_SIZE,
-                    "model": {"name": "mlp", "hidden": [256]},
-                },
-                "optimizer": {"name": "sgd", "lr": LR, "momentum": MOMENTUM},
-                "algorithm": {"name": "gossip_pga", "period": PERIOD},
-                "topology": {"name": "ring"},
-            }
-        )
-    )
+    experiment = build(load(CONFIG | {"workers": n}))
     simulate = simulation(Simulator(experiment))
     train = single_model(experiment)
     periods = max(1, WORKER_STEPS // (n * PERIOD))
@@ -128,7 +114,7 @@ def simulation(simulator: Simulator) -> Callable[[], None]:
 def single_model(experiment: Experiment) -> Callable[[], None]:
     """PERIOD steps of one model, each on all workers' samples, drawn as the simulator does."""
     model = copy.deepcopy(experiment.task.model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
+    optimizer = torch.optim.SGD(model.parameters(), **SGD)
     sampler = experiment.sampler(list(range(experiment.config.workers)))
     step = 0
 
@@ -193,7 +179,8 @@ def table(rows: list[dict[str, Any]], repeats: int, threads: int) -> Table:
         caption="step: ms of a simulated step; cpu: its processor time; rate: worker-steps/s. "
         "single: ms of a plain training step of one model on the same n x 32 samples; ratio: "
         "step / single, median of pairs. "
-        f"Then ms of each part, timed alone: draw, gradient, optimizer, mix; mix: 1/{PERIOD} of it a global average.",
+        "Then ms of each part, timed alone: draw, gradient, optimizer, mix "
+        f"(1/{PERIOD} of it a global average).",
         box=box.SIMPLE_HEAD,
     )
     names = ("n", "step", "cpu", "rate", "single", "ratio", "draw", "grad", "optim", "mix")

@@ -223,7 +223,9 @@ def _without_nulls(value: Any) -> Any:
 def _find_graph(raw: dict[str, Any], folder: Path) -> None:
     """Make the path of a graph file absolute: a run may be resumed from elsewhere."""
     topology = raw.get("topology")
-    name = topology.get("file") if isinstance(topology, dict) else None
+    if not isinstance(topology, dict):
+        return
+    name = topology.get("file")
     if isinstance(name, str):
         beside = not Path(name).exists() and (folder / name).exists()
         topology["file"] = str((folder / name if beside else Path(name)).absolute())

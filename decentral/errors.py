@@ -3,6 +3,8 @@
 Every message states the rule, what came, and the remedy.
 """
 
+from typing import Any
+
 
 class UserError(ValueError):
     """The input was wrong and nothing was started. The command line exits with 2.
@@ -29,5 +31,5 @@ class StepError(RuntimeError):
         self.step = step
         self.reason = reason
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return StepError, (self.rank, self.step, self.reason)

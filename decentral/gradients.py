@@ -7,6 +7,7 @@ backward pass over [n, D] through torch.func.vmap. Replica is the caller of both
 
 import logging
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ CHUNK_WORKERS_WITH_CONVOLUTIONS = 16
 class Layout:
     """Where named tensors lie in a flat buffer's last axis, one after another."""
 
-    def __init__(self, tensors: dict[str, Tensor]):
+    def __init__(self, tensors: Mapping[str, Tensor]):
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self.size = sum(tensor.numel() for tensor in tensors.values())
 
@@ -38,7 +39,7 @@ class Layout:
             start = stop
         return views
 
-    def flatten(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def flatten(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The tensors' values in a new buffer, [D]."""
         flat = torch.empty(self.size, dtype=dtype)
         for name, view in self.views(flat).items():
@@ -90,8 +91,8 @@ class FlatModel:
         tied = {id(p): views[name] for name, p in self.module.named_parameters() if name in views}
         state = {}
         for name, own in self.module.state_dict(keep_vars=True).items():
-            value = views.get(name, tied.get(id(own), own))
-            state[name] = value.detach().cpu().clone()
+            value = views[name] if name in views else tied.get(id(own))
+            state[name] = (own if value is None else value).detach().cpu().clone()
         return state
 
 

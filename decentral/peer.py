@@ -1,5 +1,7 @@
 """One worker's door to the network, over torch.distributed: the other side of comm.py."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from scipy.sparse import csr_array
@@ -17,7 +19,7 @@ class PeerError(StepError):
         super().__init__(rank, step, reason)
         self.peer = peer
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return PeerError, (self.rank, self.step, self.peer, self.reason)
 
 
@@ -25,23 +27,21 @@ class PeerComm:
     """One worker of n; neighbours exchange whole buffers point to point.
 
     A gloo connection between two ranks is half-duplex in practice, so two groups carry the
-    messages: `up` those to a higher rank, `down` those to a lower one. On NCCL pass the same
-    group twice. Buffers on a GPU are staged through host memory where the backend is gloo.
+    messages: the first of `groups` those to a higher rank, the second those to a lower one. NCCL
+    needs none. Buffers on a GPU are staged through host memory where the backend is gloo.
     """
 
     def __init__(
         self,
         topology: Topology | None,
-        everyone: dist.ProcessGroup | None = None,
-        up: dist.ProcessGroup | None = None,
-        down: dist.ProcessGroup | None = None,
+        groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
     ):
-        self.rank = dist.get_rank(everyone)
-        self.n = dist.get_world_size(everyone)
+        self.rank = dist.get_rank()
+        self.n = dist.get_world_size()
         self.bytes_sent = 0
         self.events: list[Event] = []
-        self._everyone, self._up, self._down = everyone, up, down
-        self._host = dist.get_backend(everyone) == "gloo"
+        self._up, self._down = groups or (None, None)
+        self._host = dist.get_backend() == "gloo"
         self._plans = [_exchange_plan(w, self.rank) for w in topology.matrices] if topology else []
         self._received: dict[int, Tensor] = {}
 
@@ -64,7 +64,7 @@ class PeerComm:
     def mean(self, x: Tensor, step: int, counted: bool = True) -> Tensor:
         total = x.to("cpu" if self._host else x.device, accumulation_dtype(x.dtype), copy=True)
         try:
-            dist.all_reduce(total, group=self._everyone)
+            dist.all_reduce(total)
         except RuntimeError as error:
             raise PeerError(self.rank, step, None, str(error)) from error
         if counted:
@@ -102,6 +102,14 @@ class PeerComm:
         if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype:
             buffer = self._received[peer] = torch.empty_like(like)
         return buffer
+
+
+def two_groups() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """A group for messages to higher ranks and one for those to lower; all ranks must call it."""
+    up, down = dist.new_group(), dist.new_group()
+    assert isinstance(up, dist.ProcessGroup)
+    assert isinstance(down, dist.ProcessGroup)
+    return up, down
 
 
 def _exchange_plan(matrix: csr_array, rank: int) -> tuple[float, dict[int, float], list[int]]:

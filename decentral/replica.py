@@ -39,9 +39,12 @@ class Gradient(Protocol):
 
 
 class StepRule(Protocol):
-    """One step of a method on a replica; `requires` names what it asks of the mixing matrix."""
+    """One step of a method on a replica."""
 
-    requires: str | None
+    @property
+    def requires(self) -> str | None:
+        """What it asks of the mixing matrix, such as "doubly stochastic"."""
+        ...
 
     def step(self, replica: "Replica") -> None: ...
 

@@ -1,6 +1,6 @@
 """Draw the README's picture: the quickstart, and what it would be with gossip or averages alone.
 
-    python docs/picture.py        # writes docs/quickstart.png; about ten seconds
+python docs/picture.py        # writes docs/quickstart.png; about ten seconds
 """
 
 from pathlib import Path

@@ -5,6 +5,7 @@ off by one. All of them still train and still converge, so "it runs" cannot tell
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -246,7 +247,8 @@ def test_one_worker_is_the_plain_torch_optimizer(name):
     problem = Quadratic(n=1)
     replica = run(gossip_pga(2), problem, 20, topologies.build(1, "ring"), name=name, lr=0.05)
     x = torch.zeros(D, dtype=torch.float64, requires_grad=True)
-    stepper = OPTIMIZERS[name]([x], lr=0.05)
+    kind: Any = OPTIMIZERS[name]
+    stepper = kind([x], lr=0.05)
     for _ in range(20):
         stepper.zero_grad()
         (0.5 * (problem.a[0] * (x - problem.c[0]) ** 2).sum()).backward()

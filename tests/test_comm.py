@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from processes import run_on_ranks
 
 from decentral import topology as topologies
 from decentral.comm import StackedComm, all_reduce_bytes
-from decentral.peer import PeerComm
+from decentral.peer import PeerComm, two_groups
 
 CASES = [
     ("ring", {}),
@@ -28,11 +27,11 @@ def start(n, dtype):
 
 def mix_on_peer(rank, n):
     """Three steps of every case and dtype, and a mean, as this rank sees them."""
-    up, down = dist.new_group(), dist.new_group()
+    groups = two_groups()
     seen = {}
     for name, options in CASES:
         for dtype in DTYPES:
-            comm = PeerComm(topologies.build(n, name, **options), up=up, down=down)
+            comm = PeerComm(topologies.build(n, name, **options), groups)
             x = start(n, dtype)[rank].clone()
             for step in range(3):
                 comm.mix_(x, step)

@@ -1,8 +1,10 @@
 """What you simulate is what you launch: both engines give the same run, record by record."""
 
+import logging
 import os
 import signal
 import time
+from typing import Any
 
 import numpy as np
 import pandas
@@ -38,7 +40,10 @@ COLUMNS = ["loss", "consensus_distance", "eval_loss"]
 def cluster():
     """One local cluster for all tests here: the engine joins what is there."""
     ray.init(
-        num_cpus=12, include_dashboard=False, object_store_memory=128 * 2**20, logging_level="ERROR"
+        num_cpus=12,
+        include_dashboard=False,
+        object_store_memory=128 * 2**20,
+        logging_level=logging.ERROR,
     )
     yield
     ray.shutdown()
@@ -64,7 +69,7 @@ def launched(config, pool):
     return pandas.DataFrame([record for record in records if record is not None])
 
 
-def both(pool, **overrides):
+def both(pool, **overrides: Any):
     """The quickstart, changed, on both engines: their metrics."""
     config = load(QUICKSTART, overrides)
     return decentral.run(QUICKSTART, **overrides | {"engine": "sim"}).metrics, launched(

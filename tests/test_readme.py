@@ -69,7 +69,7 @@ def test_the_example_of_an_own_task_is_short_and_learns(tmp_path, monkeypatch):
     result = decentral.run(config, seed=1)
     assert result.summary["final"]["eval_accuracy"] > 0.95
     with pytest.raises(decentral.UserError, match="did you mean 'points'"):
-        decentral.run(config, **{"task.point": 3})
+        decentral.run(config | {"task": config["task"] | {"point": 3}})
 
 
 def test_the_example_from_python_runs(capsys, monkeypatch):

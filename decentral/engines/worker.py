@@ -22,7 +22,7 @@ from decentral.errors import StepError
 from decentral.evaluation import evaluate
 from decentral.experiment import build
 from decentral.gradients import FlatModel, ModuleGradient
-from decentral.peer import PeerComm
+from decentral.peer import PeerComm, two_groups
 from decentral.replica import Replica, Report, Segment
 from decentral.timing import step_seconds
 from decentral.topology import Topology
@@ -99,9 +99,9 @@ class Worker:
             world_size=self._n,
             timeout=self._timeout,
         )
-        up = down = None
-        if self._backend == "gloo" and self._experiment.algorithm.needs_topology and self._n > 1:
-            up, down = dist.new_group(), dist.new_group()
+        groups = None
+        if self._backend == "gloo" and self._experiment.algorithm.needs_topology:
+            groups = two_groups()
         if self._backend == "nccl":
             # NCCL opens its connections at the first collective; point to point needs them.
             dist.all_reduce(torch.zeros(1, device=self._device))
@@ -109,7 +109,7 @@ class Worker:
         self._replica = Replica(
             ModuleGradient(self._model, experiment.task, experiment.sampler([self._rank])),
             experiment.algorithm.rule,
-            PeerComm(experiment.topology, up=up, down=down),
+            PeerComm(experiment.topology, groups),
             experiment.make_optimizer,
             experiment.make_scheduler,
         )
