@@ -72,9 +72,8 @@ def launched(config, pool):
 def both(pool, **overrides: Any):
     """The quickstart, changed, on both engines: their metrics."""
     config = load(QUICKSTART, overrides)
-    return decentral.run(QUICKSTART, **overrides | {"engine": "sim"}).metrics, launched(
-        config, pool
-    )
+    sim = decentral.run(QUICKSTART, engine="sim", **overrides)
+    return sim.metrics, launched(config, pool)
 
 
 def assert_equal(sim, launched, rtol, atol, until=None):
