@@ -95,6 +95,18 @@ def test_one_period_of_gossip_pga_by_hand():
     np.testing.assert_allclose(replica.x, x, rtol=1e-13)
 
 
+def test_a_time_varying_topology_mixes_with_the_matrix_of_its_step():
+    problem = Quadratic()
+    topology = topologies.build(N, "one_peer_exponential")
+    replica = run(gossip_pga(3), problem, 5, topology)
+    a, c, x = problem.a.numpy(), problem.c.numpy(), np.zeros((N, D))
+    for k in range(5):
+        half = x - 0.1 * a * (x - c)
+        heard = np.roll(half, 2 ** (k % 3), axis=0)  # i sends to i + 2^(k mod 3)
+        x = np.tile(half.mean(0), (N, 1)) if k == 2 else (half + heard) / 2
+    np.testing.assert_allclose(replica.x, x, rtol=1e-13)
+
+
 def test_gossip_stops_at_its_biased_fixed_point():
     """x* solves x = W (x - gamma A (x - c)): adapt, then combine. Not the optimum, and not the
     fixed point of the other order, x = W x - gamma A (x - c)."""
@@ -198,6 +210,19 @@ def test_consensus_distance_is_taken_after_the_local_step_and_before_the_average
         np.testing.assert_allclose(report.deviation, expected, rtol=1e-12)
 
 
+def test_consensus_distance_costs_no_message_at_a_global_average(monkeypatch):
+    means = []
+    mean = StackedComm.mean
+    monkeypatch.setattr(
+        StackedComm, "mean", lambda *a, **options: means.append(options) or mean(*a, **options)
+    )
+    replica = replica_of(gossip_pga(2), Quadratic(), ring())
+    replica.run(Segment(0, 1, Averaging.NEIGHBOURS, True, record=True))
+    assert means == [{"counted": True}]  # the average itself, and it alone
+    replica.run(Segment(1, 4, Averaging.NEIGHBOURS, False, record=True))
+    assert means[1:] == [{"counted": False}]  # one, at the step that is recorded
+
+
 def test_recording_sends_nothing_that_counts_and_changes_nothing():
     replicas = []
     for record in (False, True):
@@ -221,6 +246,13 @@ def test_adaptive_period_follows_its_formula():
     # F_init: 2, then (2+1)/2 = 1.5 at steps 3 and 7 < 8; from then on ceil(1.5 / F * 4).
     assert math.ceil(1.5 / 1.2 * 4) == 5
     assert seen == [(3, 4), (7, 4), (11, 5), (16, 12), (28, 60)]
+
+
+def test_the_warm_up_ends_with_its_last_step():
+    schedule = Adaptive(initial_period=4, warmup=7)
+    schedule.observe(3, 2.0)
+    schedule.observe(7, 1.0)  # steps 0 to 6 were the warm-up
+    assert schedule.period == 8
 
 
 def test_adaptive_period_keeps_its_cap_and_survives_a_loss_of_zero():

@@ -106,11 +106,19 @@ def test_engines_agree_over_the_whole_run(pool, algorithm, topology, workers):
     assert_equal(sim, launched, rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.parametrize("workers", [4, 5])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_engines_agree_in_float32_over_the_first_steps(pool, algorithm):
+def test_engines_agree_in_float32_over_the_first_steps(pool, algorithm, topology, workers):
     """Rounding differs between a stacked and a single product, and grows from step to step."""
-    options = {"name": algorithm, **ALGORITHMS[algorithm]}
-    sim, launched = both(pool, workers=4, steps=50, algorithm=options)
+    chosen = TOPOLOGIES[topology]
+    sim, launched = both(
+        pool,
+        workers=workers,
+        steps=50,
+        algorithm={"name": algorithm, **ALGORITHMS[algorithm]},
+        topology=chosen.get(workers, chosen),
+    )
     assert_equal(sim, launched, rtol=1e-4, atol=1e-6)
 
 
