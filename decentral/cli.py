@@ -123,6 +123,48 @@ def topology(
         (errors if as_json else console).print(f"drawn to {plot}", highlight=False, soft_wrap=True)
 
 
+@app.command(epilog="Example: decentral methods gossip_pga d2")
+def methods(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME ...]", help="Only these; all by default.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a page of Markdown.")] = False,
+) -> None:
+    """List the methods: equation, source, what they send, what they ask of the topology."""
+    from decentral.algorithms import PRESETS, describe
+    from decentral.signature import choose
+
+    for name in names or []:
+        choose(PRESETS, name, "NAME", "method")
+    rows = [row for row in describe() if not names or row["name"] in names]
+    if markdown:
+        print(_methods_page(rows), end="")
+        return
+    for row in rows:
+        options = f" ({row['options']})" if row["options"] else ""
+        console.print(f"[bold]{row['name']}[/bold]{escape(options)}: {escape(row['summary'])}")
+        for part in ("equation", "source", "sends", "requires"):
+            console.print(f"  {part:9}{escape(row[part])}", highlight=False, soft_wrap=True)
+
+
+def _methods_page(rows: list[dict[str, str]]) -> str:
+    """docs/methods.md, from the table of methods."""
+    lines = [
+        "# Methods",
+        "",
+        "Made by `decentral methods --markdown`. D is the number of parameters, W the mixing",
+        "matrix, g the stochastic gradient, gamma the learning rate. A global average replaces the",
+        "mixing of its step: W = J = 11'/n.",
+    ]
+    for row in rows:
+        lines += ["", f"## {row['name']}", "", row["summary"], ""]
+        if row["options"]:
+            lines.append(f"- options: `{row['options']}`")
+        lines += [f"- equation: `{row['equation']}`", f"- source: {row['source']}"]
+        lines += [f"- sends a step: {row['sends']}", f"- asks of W: {row['requires']}"]
+    return "\n".join(lines) + "\n"
+
+
 def _facts_table(facts: dict[str, Any]) -> Table:
     table = Table(title=facts["name"], show_header=False)
     for name, value in facts.items():

@@ -5,7 +5,7 @@ Two sides of one interface. `StackedComm`, here, holds all n workers in one proc
 Replica is the one caller.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -23,6 +23,14 @@ class Event(NamedTuple):
     size: int
 
 
+Decode = Callable[[Tensor], Tensor]
+
+
+def as_it_is(message: Tensor) -> Tensor:
+    """The decoder of a message that is no code."""
+    return message
+
+
 class Comm(Protocol):
     """`bytes_sent` counts what this side sent so far: all workers stacked, or one worker.
 
@@ -33,8 +41,12 @@ class Comm(Protocol):
     bytes_sent: int
     events: list[Event]
 
-    def mix_(self, x: Tensor, step: int) -> None:
-        """x_i <- sum_j W(step)_ij x_j, in place; x is [n, D] or [D]."""
+    def mix(self, message: Tensor, step: int, decode: Decode = as_it_is) -> Tensor:
+        """sum_j W(step)_ij decode(message_j), a new tensor.
+
+        A message is [n, M] or [M] and goes over the wire as it is; `decode` makes [n, D] or [D]
+        of it at the receiver. A worker's own message is decoded too.
+        """
         ...
 
     def mean(self, x: Tensor, step: int, counted: bool = True) -> Tensor:
@@ -59,17 +71,14 @@ class StackedComm:
         self._bags = [_bags(w, self._dtype, device) for w in matrices]
         self._messages = [int(np.count_nonzero(w.tocoo().row != w.tocoo().col)) for w in matrices]
 
-    def mix_(self, x: Tensor, step: int) -> None:
+    def mix(self, message: Tensor, step: int, decode: Decode = as_it_is) -> Tensor:
         turn = step % len(self._bags)
         indices, offsets, weights = self._bags[turn]
+        self.bytes_sent += self._messages[turn] * nbytes(message[0])
+        self.events.append(Event("neighbours", step, nbytes(message[0])))
         # W x as weighted sums of rows: on CPUs several times faster than torch's sparse product.
-        x.copy_(
-            embedding_bag(
-                indices, x.to(self._dtype), offsets, mode="sum", per_sample_weights=weights
-            )
-        )
-        self.bytes_sent += self._messages[turn] * nbytes(x[0])
-        self.events.append(Event("neighbours", step, nbytes(x[0])))
+        x = decode(message).to(self._dtype)
+        return embedding_bag(indices, x, offsets, mode="sum", per_sample_weights=weights)
 
     def mean(self, x: Tensor, step: int, counted: bool = True) -> Tensor:
         if counted:

@@ -70,6 +70,28 @@ class TopologyConfig(BaseModel):
         return dict(self.model_extra or {})
 
 
+class GradientConfig(_Section):
+    """What becomes of a worker's own gradient, whatever the method does with it.
+
+    clip_norm: the norm that it is scaled down to where it is longer (null: never). accumulate:
+    the batches of task.batch_size whose mean makes one step.
+    """
+
+    clip_norm: Positive | None = None
+    accumulate: PositiveInt = 1
+
+
+class ScaleConfig(_Section):
+    """The optimizer's options hold for `reference_batch` samples a step, over all workers.
+
+    `load` scales them to the batch of this run and takes the section away: see `scaled` in
+    optimizers.py for the rules.
+    """
+
+    rule: Literal["linear", "sqrt"]
+    reference_batch: PositiveInt
+
+
 class NetworkConfig(_Section):
     """What the simulated clock reckons with. `compute_ms: null` means measured at the start."""
 
@@ -113,6 +135,8 @@ class Config(_Section):
     task: TaskConfig
     optimizer: Component
     lr_schedule: Component | None = None
+    gradient: GradientConfig = GradientConfig()
+    scale_lr: ScaleConfig | None = None
     algorithm: Component
     topology: TopologyConfig | None = None
     network: NetworkConfig = NetworkConfig()
@@ -129,7 +153,8 @@ def load(
     """Read a config from a YAML file or a mapping, apply dotted overrides, check it.
 
     A key whose value is null is taken away, so its default holds. A relative `topology.file` is
-    looked up from the working directory, then beside the config file.
+    looked up from the working directory, then beside the config file. What `scale_lr` asks for is
+    done, and the section gone: the optimizer's options are those in force.
 
     Raises UserError naming each key at fault, what came, and what is allowed.
     """
@@ -141,9 +166,10 @@ def load(
     _find_graph(raw, Path() if isinstance(source, Mapping) else Path(source).parent)
     _check_keys(raw, Config)
     try:
-        return Config.model_validate(raw)
+        config = Config.model_validate(raw)
     except ValidationError as error:
         raise validation_error(error) from None
+    return _scale(config) if config.scale_lr is not None else config
 
 
 def parse_overrides(words: list[str]) -> dict[str, Any]:
@@ -218,6 +244,27 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return value
+
+
+def _scale(config: Config) -> Config:
+    from decentral.optimizers import scaled  # torch is slow, and few configs need it here
+
+    assert config.scale_lr is not None
+    if config.lr_schedule is not None and config.lr_schedule.name in ("cyclic", "one_cycle"):
+        raise UserError(
+            f"{config.lr_schedule.name} sets the learning rate from its own options, so there is"
+            " nothing to scale; take scale_lr away and scale lr_schedule.max_lr by hand",
+            "scale_lr",
+        )
+    options = scaled(
+        config.optimizer.name,
+        config.optimizer.options,
+        rule=config.scale_lr.rule,
+        batch=config.workers * config.task.batch_size * config.gradient.accumulate,
+        reference_batch=config.scale_lr.reference_batch,
+    )
+    optimizer = Component(name=config.optimizer.name, **options)
+    return config.model_copy(update={"optimizer": optimizer, "scale_lr": None})
 
 
 def _find_graph(raw: dict[str, Any], folder: Path) -> None:

@@ -27,6 +27,7 @@ class Coordinator:
         self._engine = engine
         self._schedule = experiment.algorithm.schedule
         self._clock = _clock(experiment, engine)
+        self._schedule.observe(-1, math.nan, experiment.initial_lr)
         self._started = time.perf_counter()
         self._seconds_before = 0.0  # of the runs that this one goes on from
         self._recorded = _Mean()  # loss since the last record
@@ -49,7 +50,8 @@ class Coordinator:
                 self._clock.advance(event)
             record = self._record(report) if segment.record else None
             if segment.global_average:
-                self._schedule.observe(segment.stop - 1, self._averaged.take())
+                loss = self._averaged.take()
+                self._schedule.observe(segment.stop - 1, loss, report.next_lr)
             yield record
 
     def _next_segment(self) -> Segment:

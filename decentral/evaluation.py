@@ -9,8 +9,8 @@ from torch.func import vmap
 from decentral.gradients import FlatModel
 from decentral.tasks import Task, fetch, length
 
-BATCH = 512  # samples a pass
-MODEL_SAMPLES = 16_384  # models x samples a pass, to bound the memory of activations
+BATCH = 512  # samples a pass, at least
+PASS = 32_768  # models x samples a pass, about: it bounds the memory of activations
 
 
 @dataclass(frozen=True)
@@ -33,31 +33,40 @@ def evaluate_each(
     """Losses and accuracies, [m] in float64, of m models: x [m, D] and buffers [m, B]."""
     assert task.test is not None, "a task without a test set has nothing to evaluate"
     size = length(task.test)
-    losses = torch.zeros(len(x), dtype=torch.float64)
-    right = torch.zeros_like(losses)
+    models = len(x) if model.takes_vmap else 1
+    batch = max(BATCH, PASS // models)
+    sums = torch.zeros(2, len(x), dtype=torch.float64, device=x.device)  # of loss, of accuracy
     model.module.eval()
     try:
-        for start in range(0, size, BATCH):
-            indices = torch.arange(start, min(start + BATCH, size))
+        for indices in torch.arange(size).split(batch):
             *inputs, target = model.cast(fetch(task.test, indices))
-            for rows in torch.arange(len(x)).split(max(1, MODEL_SAMPLES // len(indices))):
-                outputs = _forward(model, x[rows], buffers[rows], inputs)
-                for row, output in zip(rows.tolist(), outputs, strict=True):
-                    losses[row] += task.loss(output, target).item() * len(indices)
-                    if task.accuracy is not None:
-                        right[row] += task.accuracy(output, target).item() * len(indices)
+            for rows in torch.arange(len(x), device=x.device).split(max(1, PASS // len(indices))):
+                figures = _figures(model, task, x[rows], buffers[rows], inputs, target)
+                sums[: len(figures), rows] += figures.to(sums) * len(indices)
     finally:
         model.module.train()
-    return losses / size, None if task.accuracy is None else right / size
+    losses, right = sums.cpu() / size
+    return losses, None if task.accuracy is None else right
 
 
-def _forward(model: FlatModel, x: Tensor, buffers: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-    """The outputs of each model, x [m, D], on the same inputs."""
+def _figures(
+    model: FlatModel,
+    task: Task,
+    x: Tensor,
+    buffers: Tensor,
+    inputs: list[Tensor],
+    target: Tensor,
+) -> Tensor:
+    """Loss, and accuracy where there is one, of each model on the same samples: [1 or 2, m]."""
 
-    def forward(x: Tensor, buffers: Tensor) -> Tensor:
-        return model(model.parameters.views(x), model.buffers.views(buffers), inputs)
+    def figures(x: Tensor, buffers: Tensor) -> Tensor:
+        output = model(model.parameters.views(x), model.buffers.views(buffers), inputs)
+        values = [task.loss(output, target)]
+        if task.accuracy is not None:
+            values.append(task.accuracy(output, target).to(values[0]))
+        return torch.stack(values)
 
     with torch.no_grad():
         if model.takes_vmap and len(x) > 1:
-            return list(vmap(forward, randomness="different")(x, buffers))
-        return [forward(*row) for row in zip(x, buffers, strict=True)]
+            return vmap(figures, out_dims=1, randomness="different")(x, buffers)
+        return torch.stack([figures(*row) for row in zip(x, buffers, strict=True)], dim=1)

@@ -9,28 +9,37 @@ import importlib
 import math
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from decentral import topology as topologies
-from decentral.algorithms import PRESETS, Algorithm
+from decentral.algorithms import COMPRESSORS, OUTER, PRESETS, SCHEDULES, Algorithm
+from decentral.algorithms.adapt_then_combine import AdaptThenCombine
+from decentral.algorithms.choco import Choco
+from decentral.algorithms.parallel import Parallel
+from decentral.algorithms.push_sum import PushSum
+from decentral.algorithms.schedules import Never
 from decentral.config import Config, TaskConfig
+from decentral.draws import hash64
 from decentral.errors import UserError
 from decentral.gradients import FlatModel, ModuleGradient
 from decentral.optimizers import (
     MakeOptimizer,
     MakeScheduler,
     check_schedule,
+    excluded,
     lr_schedule,
     optimizer,
+    without_decay,
 )
 from decentral.signature import bind, choose
 from decentral.tasks import PARTITIONS, TASKS, Sampler, Task, labels, length
 from decentral.topology import Topology
 
+_METHODS = int.from_bytes(b"methods", "little")  # apart from other uses of the same seed
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -49,6 +58,18 @@ class Experiment:
     @property
     def dtype(self) -> torch.dtype:
         return DTYPES[self.config.dtype]
+
+    @property
+    def initial_lr(self) -> float:
+        """The learning rate of the first step."""
+        optimizer = self.make_optimizer([torch.zeros(1)])
+        if self.make_scheduler is not None:
+            self.make_scheduler(optimizer)
+        return float(optimizer.param_groups[0]["lr"])
+
+    def keys(self, workers: Tensor) -> Tensor:
+        """Random bits of each worker, int64 of the shape of `workers`, for methods that draw."""
+        return hash64(_METHODS, self.config.seed, workers)
 
     def sampler(self, workers: list[int]) -> Sampler:
         """What draws the batches of these workers."""
@@ -74,11 +95,16 @@ def build(config: Config, topology: Topology | None = None) -> Experiment:
     make_optimizer = optimizer(config.optimizer.name, config.optimizer.options)
     make_scheduler = None
     if config.lr_schedule is not None:
-        make_scheduler = lr_schedule(config.lr_schedule.name, config.lr_schedule.options)
-        check_schedule(make_scheduler, make_optimizer, config.steps)
+        schedule = config.lr_schedule
+        make_scheduler = lr_schedule(schedule.name, schedule.options, config.steps)
     if config.engine == "sim" and config.sim.device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device here; set sim.device: cpu", "sim.device")
     task = _task(config)
+    if excluded(config.optimizer.options) == "norms_and_biases":
+        shapes = [p.shape for p in task.model.parameters() if p.requires_grad]
+        make_optimizer = without_decay(make_optimizer, shapes)
+    if make_scheduler is not None:
+        check_schedule(make_scheduler, make_optimizer, config.steps)
     experiment = Experiment(
         config, topology, algorithm, task, _shards(config, task), make_optimizer, make_scheduler
     )
@@ -86,9 +112,61 @@ def build(config: Config, topology: Topology | None = None) -> Experiment:
     return experiment
 
 
+PARTS: dict[str, dict[str, Callable[..., Any]]] = {
+    "schedule": SCHEDULES,
+    "outer": OUTER,
+    "wire": {name: COMPRESSORS[name] for name in ("bfloat16", "int8")},
+}
+
+
 def _algorithm(config: Config) -> Algorithm:
-    preset = choose(PRESETS, config.algorithm.name, "algorithm.name", "algorithm")
-    return preset(**bind(preset, config.algorithm.options, "algorithm"))
+    """A preset, with those of its parts replaced that the config names."""
+    options = config.algorithm.options
+    parts = {part: options.pop(part) for part in PARTS if part in options}
+    name = config.algorithm.name
+    preset = choose(PRESETS, name, "algorithm.name", "algorithm")
+    algorithm = preset(**bind(preset, options, "algorithm", beside=("name", *PARTS)))
+    for part, chosen in parts.items():
+        key = f"algorithm.{part}"
+        if not isinstance(chosen, dict) or not isinstance(chosen.get("name"), str):
+            raise UserError(f"must name one, such as {{name: {next(iter(PARTS[part]))}}}", key)
+        own = {option: value for option, value in chosen.items() if option != "name"}
+        kind = choose(PARTS[part], chosen["name"], f"{key}.name", part)
+        algorithm = replace(algorithm, **{part: kind(**bind(kind, own, key, name=chosen["name"]))})
+    _check_parts(algorithm, name)
+    if getattr(algorithm.rule, "plain_sgd", False):
+        _require_plain_sgd(config)
+    return algorithm
+
+
+def _check_parts(algorithm: Algorithm, name: str) -> None:
+    if algorithm.outer is not None and not isinstance(algorithm.rule, AdaptThenCombine):
+        raise UserError(
+            f"{name} takes no outer optimizer; gossip and local SGD do", "algorithm.outer"
+        )
+    if isinstance(algorithm.schedule, Never):
+        if algorithm.outer is not None:
+            raise UserError(
+                "an outer optimizer steps at global averages, and there are none; set"
+                " algorithm.schedule={name: every, period: 8}",
+                "algorithm.outer",
+            )
+    elif isinstance(algorithm.rule, Parallel):
+        raise UserError(f"{name} averages gradients at every step", "algorithm.schedule")
+    if algorithm.wire is not None and (
+        not algorithm.needs_topology or isinstance(algorithm.rule, PushSum | Choco)
+    ):
+        raise UserError(f"{name} takes no wire format; gossip methods do", "algorithm.wire")
+
+
+def _require_plain_sgd(config: Config) -> None:
+    options = config.optimizer.options
+    if config.optimizer.name != "sgd" or options.get("momentum") or options.get("nesterov"):
+        raise UserError(
+            f"{config.algorithm.name} brings its own momentum and needs plain SGD; set"
+            " optimizer.name=sgd optimizer.momentum=null",
+            "optimizer",
+        )
 
 
 def _topology(config: Config, algorithm: Algorithm) -> Topology | None:
@@ -104,9 +182,23 @@ def _topology(config: Config, algorithm: Algorithm) -> Topology | None:
     topology = topologies.build(
         config.workers, chosen.name, chosen.file, chosen.weights, **chosen.options
     )
-    if algorithm.needs_topology and algorithm.rule.requires == "doubly stochastic":
-        topologies.require_doubly_stochastic(topology, config.algorithm.name)
+    if algorithm.needs_topology:
+        _check_mixing(topology, algorithm.rule.requires, config.algorithm.name)
     return topology
+
+
+def _check_mixing(topology: Topology, requires: str | None, method: str) -> None:
+    """Hold the topology to what the method asks of W."""
+    if requires == "column-stochastic":
+        topologies.require_column_stochastic(topology, method)
+        return
+    topologies.require_doubly_stochastic(topology, method)
+    if requires == "doubly stochastic, static":
+        topologies.require_static(topology, method)
+    elif requires == "symmetric, eigenvalues above -1/3":
+        topologies.require_symmetric_above(topology, -1 / 3, method)
+    else:
+        assert requires == "doubly stochastic", requires
 
 
 def _task(config: Config) -> Task:

@@ -3,6 +3,9 @@
 `ModuleGradient` is one worker: the module's parameters are views into [D], and it runs the plain
 forward and backward pass. `StackedGradient` is all workers of the simulator: one forward and
 backward pass over [n, D] through torch.func.vmap. Replica is the caller of both.
+
+Both take `accumulate`, the micro-batches of a step, whose mean loss and mean gradient they give
+(micro-batch m of step k is the sampler's batch k * accumulate + m), and `clip_norm`, see `clip_`.
 """
 
 import logging
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from decentral.comm import accumulation_dtype
 from decentral.tasks import Sampler, Task, fetch
 
 log = logging.getLogger(__name__)
@@ -99,8 +103,16 @@ class FlatModel:
 class ModuleGradient:
     """One worker. The module is trained in place: its parameters and buffers become views."""
 
-    def __init__(self, model: FlatModel, task: Task, sampler: Sampler):
+    def __init__(
+        self,
+        model: FlatModel,
+        task: Task,
+        sampler: Sampler,
+        clip_norm: float | None = None,
+        accumulate: int = 1,
+    ):
         self._model, self._task, self._sampler = model, task, sampler
+        self._clip_norm, self._accumulate = clip_norm, accumulate
         self.parameters = model.x.clone()
         self.buffers = model.b.clone()
         self.value = torch.zeros_like(self.parameters)
@@ -114,14 +126,17 @@ class ModuleGradient:
         self.counters = model.counters()
 
     def __call__(self, step: int) -> Tensor:
-        batch = self._model.cast(fetch(self._task.train, self._sampler.indices(step)))
-        *inputs, target = (tensor[0] for tensor in batch)
         self.value.zero_()
-        seed_generators(self._sampler.seed(step), self._model.device)
-        with torch.enable_grad():
-            loss = self._task.loss(self._model.module(*inputs), target)
-            loss.backward()
-        return loss.detach()
+        losses = []
+        for micro in range(step * self._accumulate, (step + 1) * self._accumulate):
+            batch = self._model.cast(fetch(self._task.train, self._sampler.indices(micro)))
+            *inputs, target = (tensor[0] for tensor in batch)
+            seed_generators(self._sampler.seed(micro), self._model.device)
+            with torch.enable_grad():
+                loss = self._task.loss(self._model.module(*inputs), target)
+                loss.backward()
+            losses.append(loss.detach())
+        return _finish(losses, self.value, self._clip_norm)
 
 
 class StackedGradient:
@@ -132,8 +147,17 @@ class StackedGradient:
     with one line in the log.
     """
 
-    def __init__(self, model: FlatModel, task: Task, sampler: Sampler, n: int):
+    def __init__(
+        self,
+        model: FlatModel,
+        task: Task,
+        sampler: Sampler,
+        n: int,
+        clip_norm: float | None = None,
+        accumulate: int = 1,
+    ):
         self._model, self._task, self._sampler = model, task, sampler
+        self._clip_norm, self._accumulate = clip_norm, accumulate
         self.parameters = model.x.repeat(n, 1)
         self.buffers = model.b.repeat(n, 1)
         self.value = torch.zeros_like(self.parameters)
@@ -151,8 +175,16 @@ class StackedGradient:
         self._chunk = min(n, chunk) if model.takes_vmap else 1
 
     def __call__(self, step: int) -> Tensor:
-        batch = self._batch(step)
-        seed_generators(self._sampler.seed(step), self._model.device)
+        first = step * self._accumulate
+        losses = [self._pass(first, add=False)]
+        for micro in range(first + 1, first + self._accumulate):
+            losses.append(self._pass(micro, add=True))
+        return _finish(losses, self.value, self._clip_norm)
+
+    def _pass(self, micro: int, add: bool) -> Tensor:
+        """One micro-batch: its losses [n]; its gradients go into `value`, or are added there."""
+        batch = self._batch(micro)
+        seed_generators(self._sampler.seed(micro), self._model.device)
         losses = []
         for rows in torch.arange(len(self.parameters)).split(self._chunk):
             rows = slice(int(rows[0]), int(rows[-1]) + 1)
@@ -168,7 +200,7 @@ class StackedGradient:
                     loss.sum(), tuple(leaves.values()), materialize_grads=True
                 )
             for view, gradient in zip(self._gradients.values(), gradients, strict=True):
-                view[rows].copy_(gradient)
+                view[rows].add_(gradient) if add else view[rows].copy_(gradient)
             for name, view in self._buffers.items():
                 view[rows].copy_(buffers[name])
             losses.append(loss.detach())
@@ -206,6 +238,26 @@ class StackedGradient:
             log.warning("vmap cannot take this model, so workers run one by one: %s", reason)
             return False
         return True
+
+
+def clip_(gradient: Tensor, max_norm: float) -> None:
+    """Scale each worker's gradient, [..., D], to the norm `max_norm` where it is above.
+
+    g_i <- g_i min(1, max_norm / (||g_i|| + 1e-6)), ||g_i|| over all parameters of worker i: what
+    torch.nn.utils.clip_grad_norm_ does to a model.
+    """
+    dtype = accumulation_dtype(gradient.dtype)
+    norm = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True, dtype=dtype)
+    gradient.mul_((max_norm / (norm + 1e-6)).clamp_(max=1.0))
+
+
+def _finish(losses: list[Tensor], gradient: Tensor, clip_norm: float | None) -> Tensor:
+    """From the sum over micro-batches to the step's own: means, clipped. Returns the mean loss."""
+    if len(losses) > 1:
+        gradient.div_(len(losses))
+    if clip_norm is not None:
+        clip_(gradient, clip_norm)
+    return torch.stack(losses).mean(0)
 
 
 def seed_generators(seed: int, device: str) -> None:

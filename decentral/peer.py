@@ -7,7 +7,14 @@ import torch.distributed as dist
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from decentral.comm import Event, accumulation_dtype, all_reduce_bytes, nbytes
+from decentral.comm import (
+    Decode,
+    Event,
+    accumulation_dtype,
+    all_reduce_bytes,
+    as_it_is,
+    nbytes,
+)
 from decentral.errors import StepError
 from decentral.topology import Topology
 
@@ -43,23 +50,25 @@ class PeerComm:
         self._up, self._down = groups or (None, None)
         self._host = dist.get_backend() == "gloo"
         self._plans = [_exchange_plan(w, self.rank) for w in topology.matrices] if topology else []
-        self._received: dict[int, Tensor] = {}
+        self._received: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
 
-    def mix_(self, x: Tensor, step: int) -> None:
+    def mix(self, message: Tensor, step: int, decode: Decode = as_it_is) -> Tensor:
         own_weight, heard, hearers = self._plans[step % len(self._plans)]
-        message = x.cpu() if self._host else x
+        own = decode(message)
+        if self._host:
+            message = message.cpu()
         received = {peer: self._buffer(peer, message) for peer in heard}
         # Receives first: a message that finds its buffer waiting needs no copy.
         operations = [
             dist.P2POp(dist.irecv, received[peer], peer, self._from(peer)) for peer in heard
         ] + [dist.P2POp(dist.isend, message, peer, self._to(peer)) for peer in hearers]
         self._exchange(operations, step)
-        mixed = x.to(accumulation_dtype(x.dtype)) * own_weight
+        self.bytes_sent += len(hearers) * nbytes(message)
+        self.events.append(Event("neighbours", step, nbytes(message)))
+        mixed = own.to(accumulation_dtype(own.dtype)) * own_weight
         for peer, weight in heard.items():
-            mixed.add_(received[peer].to(mixed), alpha=weight)
-        x.copy_(mixed)
-        self.bytes_sent += len(hearers) * nbytes(x)
-        self.events.append(Event("neighbours", step, nbytes(x)))
+            mixed.add_(decode(received[peer].to(own.device)).to(mixed), alpha=weight)
+        return mixed
 
     def mean(self, x: Tensor, step: int, counted: bool = True) -> Tensor:
         total = x.to("cpu" if self._host else x.device, accumulation_dtype(x.dtype), copy=True)
@@ -98,10 +107,10 @@ class PeerComm:
         return self._down if peer > self.rank else self._up
 
     def _buffer(self, peer: int, like: Tensor) -> Tensor:
-        buffer = self._received.get(peer)
-        if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype:
-            buffer = self._received[peer] = torch.empty_like(like)
-        return buffer
+        kind = (peer, like.shape, like.dtype)
+        if kind not in self._received:
+            self._received[kind] = torch.empty_like(like)
+        return self._received[kind]
 
 
 def two_groups() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decentral.comm import Comm, Event, accumulation_dtype
+from decentral.comm import Comm, Decode, Event, accumulation_dtype
+from decentral.draws import hash64
 
 
 class Averaging(Enum):
@@ -23,6 +24,33 @@ class Averaging(Enum):
     NOBODY = "nobody"
     NEIGHBOURS = "neighbours"
     EVERYONE = "everyone"
+
+
+class Outer(Protocol):
+    """What becomes of a global average: see algorithms/outer.py."""
+
+    @property
+    def equation(self) -> str: ...
+
+    def step(self, x: Tensor, state: dict[str, Tensor], lr: float) -> None:
+        """Replace x, which holds the global average, in place; `lr` is the local one, gamma."""
+        ...
+
+
+class Compressor(Protocol):
+    """A code for what goes over the wire: see algorithms/compression.py."""
+
+    def encode(self, x: Tensor, key: Tensor) -> Tensor:
+        """[..., D] to bytes, uint8 [..., M]; `key` [...] is for codes that draw."""
+        ...
+
+    def decode(self, message: Tensor, like: Tensor) -> Tensor:
+        """The floats of a message, in dtype and last axis like `like`."""
+        ...
+
+    def contraction(self, size: int) -> float:
+        """delta in ||x - Q(x)||^2 <= (1 - delta) ||x||^2 for x of `size` elements."""
+        ...
 
 
 class Gradient(Protocol):
@@ -39,7 +67,18 @@ class Gradient(Protocol):
 
 
 class StepRule(Protocol):
-    """One step of a method on a replica."""
+    """One step of a method on a replica, and what `decentral methods` says of it."""
+
+    @property
+    def equation(self) -> str: ...
+
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def sends(self) -> str:
+        """Floats a worker sends a step; D parameters."""
+        ...
 
     @property
     def requires(self) -> str | None:
@@ -69,12 +108,15 @@ class Report:
     bytes_sent: int  # by these workers, since the start
     events: list[Event]  # what a worker did, in order: all workers do the same
     lr: float  # at the last step
+    next_lr: float  # at the step after it
 
 
 class Replica:
     """Parameters, local optimizer, step rule and its state, over a `Comm`.
 
-    `state` is what the step rule remembers between steps: tensors shaped like the parameters.
+    `state` is what the step rule and the outer optimizer remember between steps: tensors [..., *].
+    `key`, int64 [...], are random bits of each worker. `wire` is a format for what goes over the
+    wire in place of floats.
     """
 
     def __init__(
@@ -84,6 +126,9 @@ class Replica:
         comm: Comm,
         make_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
         make_scheduler: Callable[[torch.optim.Optimizer], Any] | None,
+        key: Tensor,
+        outer: Outer | None = None,
+        wire: Compressor | None = None,
     ):
         self.x = gradient.parameters
         self.buffers = gradient.buffers
@@ -95,7 +140,13 @@ class Replica:
         self.scheduler = make_scheduler(self.optimizer) if make_scheduler else None
         self._gradient = gradient
         self._rule = rule
-        self._averaging = Averaging.NOBODY
+        self._key = key
+        self._outer = outer
+        self._wire = wire
+        if outer is not None:
+            self.state["outer_model"] = self.x.clone()
+            self.state["outer_momentum"] = torch.zeros_like(self.x)
+        self.averaging = Averaging.NOBODY
         self._recording = False
         self._deviation: Tensor | None = None
         self._loss = torch.zeros(self.x.shape[:-1], dtype=torch.float64, device=self.x.device)
@@ -113,35 +164,66 @@ class Replica:
         self.x.grad = direction
         self.optimizer.step()
 
+    @property
+    def lr(self) -> float:
+        """gamma: the learning rate of this step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def key(self) -> Tensor:
+        """64 random bits for this step, of each worker its own, int64 [...]."""
+        return hash64(self._key, self.step)
+
     def mix_(self, v: Tensor) -> None:
-        """v_i <- sum_j W(k)_ij v_j, with W(k) as the schedule has it at this step."""
-        if self._averaging is Averaging.NEIGHBOURS and v.numel():
-            self.comm.mix_(v, self.step)
-        elif self._averaging is Averaging.EVERYONE:
+        """v_i <- sum_j W(k)_ij v_j, with W(k) as the schedule has it at this step.
+
+        Where a wire format rounds what is sent, Q, it is v_i <- v_i + sum_j W_ij (Q_j - Q_i),
+        which keeps the mean exactly.
+        """
+        if self.averaging is Averaging.EVERYONE:
             self.mean_(v)
+        elif self.averaging is Averaging.NEIGHBOURS and v.numel():
+            if self._wire is None:
+                v.copy_(self.comm.mix(v, self.step))
+            else:
+                wire = self._wire
+                message = wire.encode(v, self.key())
+                v += self.mixed(message, lambda m: wire.decode(m, v)) - wire.decode(message, v)
+
+    def mixed(self, message: Tensor, decode: Decode) -> Tensor:
+        """sum_j W_ij decode(message_j) over the topology, for messages that are codes."""
+        return self.comm.mix(message, self.step, decode)
 
     def mean_(self, v: Tensor) -> None:
         """v_i <- (1/n) sum_j v_j, whatever the schedule says."""
         if v.numel():
             v.copy_(self.comm.mean(v, self.step))
 
+    def record(self, x: Tensor, counted: bool = False) -> Tensor | None:
+        """Where a rule is after its local step and before it averages: the consensus distance.
+
+        Returns the mean of all x, for whoever needs it anyway, if this step is recorded.
+        """
+        if not self._recording:
+            return None
+        mean = self.comm.mean(x, self.step, counted=counted)
+        self._deviation = _squared_distance(x, mean)
+        return mean
+
     def average(self) -> None:
         """x_i <- sum_j W(k)_ij x_j: the model's averaging, buffers with it.
 
-        The consensus distance is taken here, before: at a global average from the mean that is
-        computed anyway.
+        The consensus distance is recorded before; at a global average it costs no message, and
+        the outer optimizer has its turn after.
         """
-        if self._recording:
-            everyone = self._averaging is Averaging.EVERYONE
-            mean = self.comm.mean(self.x, self.step, counted=everyone)
-            self._deviation = _squared_distance(self.x, mean)
-            if everyone:
-                self.x.copy_(mean)
-            else:
-                self.mix_(self.x)
+        everyone = self.averaging is Averaging.EVERYONE
+        mean = self.record(self.x, counted=everyone)
+        if everyone and mean is not None:
+            self.x.copy_(mean)
         else:
             self.mix_(self.x)
         self.mix_(self.buffers)
+        if everyone and self._outer is not None:
+            self._outer.step(self.x, self.state, self.lr)
 
     # What an engine calls.
 
@@ -153,11 +235,11 @@ class Replica:
         with torch.no_grad():
             for self.step in range(segment.start, segment.stop):
                 last = self.step == segment.stop - 1
-                self._averaging = segment.between
+                self.averaging = segment.between
                 if last and segment.global_average:
-                    self._averaging = Averaging.EVERYONE
+                    self.averaging = Averaging.EVERYONE
                 self._recording = last and segment.record
-                lr = float(self.optimizer.param_groups[0]["lr"])
+                lr = self.lr
                 self._rule.step(self)
                 if self.scheduler is not None:
                     self.scheduler.step()
@@ -169,6 +251,7 @@ class Replica:
             bytes_sent=self.comm.bytes_sent,
             events=events,
             lr=lr,
+            next_lr=self.lr,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -189,7 +272,8 @@ class Replica:
         self.buffers.copy_(state["buffers"])
         for name, counter in self.counters.items():
             counter.copy_(state["counters"][name])
-        self.state = {name: tensor.to(self.x.device) for name, tensor in state["state"].items()}
+        device = self.x.device
+        self.state = {name: t.to(device, copy=True) for name, t in state["state"].items()}
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])

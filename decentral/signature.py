@@ -90,7 +90,8 @@ def _options(function: Callable[..., Any], given: Collection[str]) -> dict[str, 
     """Name -> (type, default or ...) of every parameter that a user may set."""
     # torch's own annotations admit tensors and are partly absent: its defaults tell more.
     trusted = not function.__module__.startswith("torch.")
-    hints = get_type_hints(function, include_extras=True) if trusted else {}
+    annotated = function.__init__ if isinstance(function, type) else function
+    hints = get_type_hints(annotated, include_extras=True) if trusted else {}
     options = {}
     for parameter in inspect.signature(function).parameters.values():
         if parameter.name in given or parameter.kind in (

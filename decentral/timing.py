@@ -14,9 +14,10 @@ REPEATS = 5
 
 
 def step_seconds(experiment: Experiment, device: str = "cpu") -> float:
-    """Median seconds of a batch drawn, its gradient and an optimizer step, on a copy."""
+    """Median seconds of a step's batches drawn, their gradient and an optimizer step, on a copy."""
     model = FlatModel(copy.deepcopy(experiment.task.model), experiment.dtype, device)
-    gradient = ModuleGradient(model, experiment.task, experiment.sampler([0]))
+    options = experiment.config.gradient.model_dump()
+    gradient = ModuleGradient(model, experiment.task, experiment.sampler([0]), **options)
     x = gradient.parameters
     stepper = experiment.make_optimizer([x])
     x.grad = gradient.value

@@ -121,6 +121,57 @@ WRONG = {
     ),
     "simulator on a GPU that is not there": (["sim.device=cuda"], "sim.device"),
     "no Ray cluster there": (["engine=ray", "ray.address=127.0.0.1:1"], "ray.address"),
+    "a tree of parts that is none": (["algorithm.schedule=often"], "algorithm.schedule: must name"),
+    "unknown part": (["algorithm.outer={name: slomo}"], "did you mean 'slowmo'?"),
+    "option of a part": (["algorithm.schedule={name: every, period: 0}"], "schedule.period"),
+    "outer optimizer of a method that has none": (
+        ["algorithm={name: d2}", "algorithm.outer={name: slowmo}"],
+        "d2 takes no outer optimizer",
+    ),
+    "outer optimizer without averages": (
+        ["algorithm={name: gossip_sgd, outer: {name: slowmo}}"],
+        "steps at global averages",
+    ),
+    "schedule of a method that averages gradients": (
+        ["algorithm={name: parallel_sgd, schedule: {name: every, period: 2}}"],
+        "averages gradients",
+    ),
+    "wire format of a method that does not gossip": (
+        ["algorithm.name=local_sgd", "algorithm.wire={name: int8}"],
+        "takes no wire format",
+    ),
+    "wire format that loses the mean": (
+        ["algorithm.wire={name: top_k, fraction: 0.1}"],
+        "there is no wire 'top_k'",
+    ),
+    "momentum beside quasi-global momentum": (
+        ["algorithm={name: qg_dsgdm}"],
+        "brings its own momentum and needs plain SGD",
+    ),
+    "d2 on an eigenvalue below -1/3": (
+        ["algorithm={name: d2}", "topology.name=exponential"],
+        "d2 needs a symmetric W",
+    ),
+    "d2 on a time-varying graph": (
+        ["algorithm={name: d2}", "topology.name=one_peer_exponential"],
+        "the same W at every step",
+    ),
+    "push-sum without column-stochastic weights": (
+        ["algorithm={name: sgp}", "topology={name: star, weights: uniform}"],
+        "use weights: push",
+    ),
+    "gossip with weights that push": (
+        ["topology={name: star, weights: push}"],
+        "doubly stochastic",
+    ),
+    "choco without a compressor": (
+        ["algorithm={name: choco_sgd, consensus_step: 0.4}"],
+        "algorithm.compression: is required",
+    ),
+    "choco with an unknown compressor": (
+        ["algorithm={name: choco_sgd, consensus_step: 0.4, compression: {name: top}}"],
+        "top_k",
+    ),
     "an override without a value": (["steps"], "an override is key=value"),
 }
 SLOW = {"more GPUs than there are", "no Ray cluster there"}

@@ -122,6 +122,61 @@ def test_engines_agree_in_float32_over_the_first_steps(pool, algorithm, topology
     assert_equal(sim, launched, rtol=1e-4, atol=1e-6)
 
 
+SYNCHRONOUS = {
+    "post_local_sgd": {"period": 6, "start": 5},
+    "qsr": {"base_period": 2, "alpha": 0.2},
+    "slowmo": {"period": 6},
+    "diloco": {"period": 6},
+    "gossip_cta": {},
+    "gradient_tracking": {},
+    "gt_pga": {"period": 6},
+    "d2": {},
+    "qg_dsgdm": {},
+    "decentlam": {},
+    "sgp": {},
+    "choco_sgd": {"compression": {"name": "random_k", "fraction": 0.2}, "consensus_step": 0.4},
+    "gossip_sgd": {"wire": {"name": "int8"}},
+    "gossip_pga": {"period": 6, "outer": {"name": "slowmo"}, "wire": {"name": "bfloat16"}},
+}
+STATIC = ("d2", "choco_sgd")
+OWN_MOMENTUM = ("qg_dsgdm", "decentlam")
+
+
+@pytest.mark.parametrize("topology", ["path", "exponential", "one_peer_exponential"])
+@pytest.mark.parametrize("algorithm", SYNCHRONOUS)
+def test_engines_agree_on_every_method(pool, algorithm, topology):
+    if (algorithm in STATIC and topology == "one_peer_exponential") or (
+        algorithm == "d2" and topology == "exponential"
+    ):
+        pytest.skip(f"{algorithm} does not take {topology}")
+    sim, launched = both(
+        pool,
+        workers=4,
+        steps=30,
+        dtype="float64",
+        algorithm={"name": algorithm, **SYNCHRONOUS[algorithm]},
+        topology={"name": topology},
+        optimizer={"name": "sgd", "lr": 0.1}
+        if algorithm in OWN_MOMENTUM
+        else {"name": "adam", "lr": 0.01},
+        lr_schedule={"name": "step", "milestones": [15], "gamma": 0.5},
+        record={"every": 4, "evaluate_every": 12},
+    )
+    assert_equal(sim, launched, rtol=1e-9, atol=1e-13)
+
+
+def test_engines_agree_on_push_sum_over_a_graph_that_is_not_regular(pool):
+    sim, launched = both(
+        pool,
+        workers=4,
+        steps=30,
+        dtype="float64",
+        algorithm={"name": "sgp"},
+        topology={"name": "star", "weights": "push"},
+    )
+    assert_equal(sim, launched, rtol=1e-9, atol=1e-13)
+
+
 def test_engines_agree_on_models_with_buffers(cluster, tmp_path, monkeypatch):
     (tmp_path / "normed.py").write_text(NORMED)
     monkeypatch.chdir(tmp_path)

@@ -1,35 +1,70 @@
-"""The methods: presets over a step rule and an averaging schedule, in one table.
+"""The methods: presets over a step rule, an averaging schedule and what may go with them.
 
 A step rule is a class in a file of its own here, written against a `Replica`, so that the same
 lines run on stacked workers in the simulator and on one worker of a cluster. Rules are
 stateless: what they remember lives in `replica.state`.
 """
 
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from decentral.algorithms.adapt_then_combine import AdaptThenCombine
+from decentral.algorithms.choco import Choco
+from decentral.algorithms.combine_then_adapt import CombineThenAdapt
+from decentral.algorithms.compression import COMPRESSORS
+from decentral.algorithms.d2 import D2
+from decentral.algorithms.decentlam import DecentLaM
+from decentral.algorithms.gradient_tracking import GradientTracking
+from decentral.algorithms.outer import OUTER, DiLoCo, SlowMo
 from decentral.algorithms.parallel import Parallel
-from decentral.algorithms.schedules import Adaptive, Every, Never, Schedule
-from decentral.replica import Averaging, StepRule
+from decentral.algorithms.push_sum import PushSum
+from decentral.algorithms.quasi_global_momentum import QuasiGlobalMomentum
+from decentral.algorithms.schedules import (
+    Adaptive,
+    Count,
+    Every,
+    Never,
+    Period,
+    Positive,
+    PostLocal,
+    QuadraticRule,
+    Schedule,
+)
+from decentral.replica import Averaging, Compressor, Outer, StepRule
+from decentral.signature import bind, choose
 
-Period = Annotated[int, Field(gt=0)]
+__all__ = ["COMPRESSORS", "OUTER", "PRESETS", "SCHEDULES", "Algorithm", "Averaging", "describe"]
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A step rule, what the workers do between global averages, and when those come."""
+    """A step rule, what the workers do between global averages, when those come, what the average
+    is taken for, and the format of what neighbours send."""
 
     rule: StepRule
     between: Averaging
     schedule: Schedule
+    outer: Outer | None = None
+    wire: Compressor | None = None
+    source: str = ""  # the preset's own, where it is not the rule's
 
     @property
     def needs_topology(self) -> bool:
         return self.between is Averaging.NEIGHBOURS
+
+
+def _gossip(rule: StepRule, schedule: Schedule | None = None) -> Algorithm:
+    return Algorithm(rule, Averaging.NEIGHBOURS, schedule or Never())
+
+
+def _local(schedule: Schedule, source: str, outer: Outer | None = None) -> Algorithm:
+    return Algorithm(AdaptThenCombine(), Averaging.NOBODY, schedule, outer, source=source)
 
 
 def parallel_sgd() -> Algorithm:
@@ -39,33 +74,162 @@ def parallel_sgd() -> Algorithm:
 
 def local_sgd(period: Period) -> Algorithm:
     """Each worker alone; all average their models every `period` steps."""
-    return Algorithm(AdaptThenCombine(), Averaging.NOBODY, Every(period))
+    return _local(Every(period), "Stich 2019, arXiv 1805.09767")
+
+
+def post_local_sgd(period: Period, start: Count | None = None) -> Algorithm:
+    """A global average at every step before `start`, or the first decay of lr; then local SGD."""
+    return _local(PostLocal(period, start), "Lin et al. 2020, arXiv 1808.07217")
+
+
+def qsr(base_period: Period, alpha: Positive, warmup: Count = 0) -> Algorithm:
+    """Local SGD whose period grows as (alpha / lr)^2 when the learning rate falls."""
+    schedule = QuadraticRule(base_period, alpha, warmup)
+    return _local(schedule, "Gu et al. 2024, arXiv 2310.14423")
+
+
+def slowmo(period: Period, beta: Fraction = 0.5, alpha: Positive = 1.0) -> Algorithm:
+    """Local SGD with slow momentum on the global averages."""
+    return _local(Every(period), "Wang et al. 2020, arXiv 1910.00643", SlowMo(beta, alpha))
+
+
+def diloco(period: Period = 500, lr: Positive = 0.7, momentum: Fraction = 0.9) -> Algorithm:
+    """Local steps, AdamW's as a rule, and an outer Nesterov step on the global averages."""
+    outer = DiLoCo(lr, momentum)
+    return _local(Every(period), "Douillard et al. 2023, arXiv 2311.08105", outer)
 
 
 def gossip_sgd() -> Algorithm:
     """Each worker averages with its neighbours at every step."""
-    return Algorithm(AdaptThenCombine(), Averaging.NEIGHBOURS, Never())
+    return replace(_gossip(AdaptThenCombine()), source="Lian et al. 2017, arXiv 1705.09056")
 
 
 def gossip_pga(period: Period) -> Algorithm:
     """Gossip, with a global average instead of the gossip at every `period`-th step."""
-    return Algorithm(AdaptThenCombine(), Averaging.NEIGHBOURS, Every(period))
+    return _gossip(AdaptThenCombine(), Every(period))
 
 
 def gossip_aga(
-    initial_period: Period = 4,
-    warmup: Annotated[int, Field(ge=0)] = 100,
-    max_period: Period | None = None,
+    initial_period: Period = 4, warmup: Count = 100, max_period: Period | None = None
 ) -> Algorithm:
     """Gossip-PGA whose period grows as the loss falls; fixed during `warmup` steps."""
-    schedule = Adaptive(initial_period, warmup, max_period)
-    return Algorithm(AdaptThenCombine(), Averaging.NEIGHBOURS, schedule)
+    return _gossip(AdaptThenCombine(), Adaptive(initial_period, warmup, max_period))
+
+
+def gossip_cta() -> Algorithm:
+    """Gossip in the other order: average, then step; the exchange need not wait for gradients."""
+    return _gossip(CombineThenAdapt())
+
+
+def gradient_tracking() -> Algorithm:
+    """Workers track the mean gradient: no bias from data that differ between workers."""
+    return _gossip(GradientTracking())
+
+
+def gt_pga(period: Period) -> Algorithm:
+    """Gradient tracking with a global average, of model and tracker, at every `period`-th step."""
+    return _gossip(GradientTracking(), Every(period))
+
+
+def d2() -> Algorithm:
+    """D2 / Exact Diffusion: gossip's traffic without its bias, on a static symmetric W."""
+    return _gossip(D2())
+
+
+def qg_dsgdm(beta: Fraction = 0.9, mu: Fraction = 0.9) -> Algorithm:
+    """Gossip with quasi-global momentum."""
+    return _gossip(QuasiGlobalMomentum(beta, mu))
+
+
+def decentlam(beta: Fraction = 0.9) -> Algorithm:
+    """Gossip with momentum that does not amplify the bias of large batches."""
+    return _gossip(DecentLaM(beta))
+
+
+def sgp() -> Algorithm:
+    """Push-sum: gossip on directed graphs with column-stochastic weights."""
+    return _gossip(PushSum())
+
+
+def choco_sgd(compression: dict[str, Any], consensus_step: Positive) -> Algorithm:
+    """Gossip of compressed differences, with error feedback."""
+    options = dict(compression)
+    name = options.pop("name", "")
+    key = "algorithm.compression"
+    kind = choose(COMPRESSORS, name, f"{key}.name", "compressor")
+    return _gossip(Choco(kind(**bind(kind, options, key, name=name)), consensus_step))
 
 
 PRESETS: dict[str, Callable[..., Algorithm]] = {
     "parallel_sgd": parallel_sgd,
     "local_sgd": local_sgd,
+    "post_local_sgd": post_local_sgd,
+    "qsr": qsr,
+    "slowmo": slowmo,
+    "diloco": diloco,
     "gossip_sgd": gossip_sgd,
     "gossip_pga": gossip_pga,
     "gossip_aga": gossip_aga,
+    "gossip_cta": gossip_cta,
+    "gradient_tracking": gradient_tracking,
+    "gt_pga": gt_pga,
+    "d2": d2,
+    "qg_dsgdm": qg_dsgdm,
+    "decentlam": decentlam,
+    "sgp": sgp,
+    "choco_sgd": choco_sgd,
 }
+
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    "never": Never,
+    "every": Every,
+    "post_local": PostLocal,
+    "adaptive": Adaptive,
+    "qsr": QuadraticRule,
+}
+
+# What a required option is set to where a method is only described.
+_TYPICAL: dict[str, Any] = {
+    "period": 8,
+    "base_period": 4,
+    "alpha": 0.0175,
+    "compression": {"name": "top_k", "fraction": 0.1},
+    "consensus_step": 0.4,
+}
+
+
+def describe() -> list[dict[str, str]]:
+    """The table of methods for people, a row each: name, summary, options, equation, source, what
+    a step sends, and what it requires of W."""
+    rows = []
+    for name, preset in PRESETS.items():
+        parameters = inspect.signature(preset).parameters.values()
+        required = [p.name for p in parameters if p.default is p.empty]
+        algorithm = preset(**{option: _TYPICAL[option] for option in required})
+        averages = not isinstance(algorithm.schedule, Never)
+        sends = [algorithm.rule.sends] if algorithm.needs_topology or not averages else []
+        if averages:
+            sends.append("all-reduce of D at a global average")
+        rows.append(
+            {
+                "name": name,
+                "summary": inspect.getdoc(preset) or "",
+                "options": ", ".join(
+                    p.name if p.default is p.empty else f"{p.name}={p.default}" for p in parameters
+                ),
+                "equation": _equation(algorithm),
+                "source": algorithm.source or algorithm.rule.source,
+                "sends": "; ".join(sends),
+                "requires": (algorithm.rule.requires or "nothing")
+                if algorithm.needs_topology
+                else "nothing",
+            }
+        )
+    return rows
+
+
+def _equation(algorithm: Algorithm) -> str:
+    if algorithm.needs_topology or isinstance(algorithm.schedule, Never):
+        return algorithm.rule.equation
+    after = algorithm.outer.equation if algorithm.outer is not None else "x <- xbar"
+    return f"x <- x - gamma g(x);  at a global average xbar: {after}"

@@ -18,6 +18,9 @@ class AdaptThenCombine:
     Asks of W: doubly stochastic.
     """
 
+    equation = "x <- W (x - gamma g(x))"
+    source = "Chen et al. 2021, arXiv 2105.09080"
+    sends = "D to each neighbour"
     requires = "doubly stochastic"
 
     def step(self, replica: Replica) -> None:

@@ -14,6 +14,9 @@ class Parallel:
     An all-reduce of D floats a step. Asks nothing of a topology.
     """
 
+    equation = "x <- x - gamma (1/n) sum_j g_j(x)"
+    source = "DistributedDataParallel: Li et al. 2020, arXiv 2006.15704"
+    sends = "all-reduce of D"
     requires = None
 
     def step(self, replica: Replica) -> None:

@@ -71,6 +71,7 @@ class RayEngine:
             bytes_sent=sum(r.bytes_sent for r in reports),
             events=reports[0].events,
             lr=reports[0].lr,
+            next_lr=reports[0].next_lr,
         )
 
     def evaluate(self) -> dict[str, float]:

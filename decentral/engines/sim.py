@@ -25,13 +25,19 @@ class Simulator:
             copy.deepcopy(experiment.task.model), experiment.dtype, config.sim.device
         )
         n = config.workers
+        sampler = experiment.sampler(list(range(n)))
         matrices = experiment.topology.matrices if experiment.topology else ()
         self.replica = Replica(
-            StackedGradient(self._model, experiment.task, experiment.sampler(list(range(n))), n),
+            StackedGradient(
+                self._model, experiment.task, sampler, n, **config.gradient.model_dump()
+            ),
             experiment.algorithm.rule,
             StackedComm(n, matrices, experiment.dtype, config.sim.device),
             experiment.make_optimizer,
             experiment.make_scheduler,
+            experiment.keys(torch.arange(n, device=config.sim.device)),
+            experiment.algorithm.outer,
+            experiment.algorithm.wire,
         )
 
     def step_seconds(self) -> np.ndarray:

@@ -106,12 +106,17 @@ class Worker:
             # NCCL opens its connections at the first collective; point to point needs them.
             dist.all_reduce(torch.zeros(1, device=self._device))
         experiment = self._experiment
+        sampler = experiment.sampler([self._rank])
+        options = experiment.config.gradient.model_dump()
         self._replica = Replica(
-            ModuleGradient(self._model, experiment.task, experiment.sampler([self._rank])),
+            ModuleGradient(self._model, experiment.task, sampler, **options),
             experiment.algorithm.rule,
             PeerComm(experiment.topology, groups),
             experiment.make_optimizer,
             experiment.make_scheduler,
+            experiment.keys(torch.tensor(self._rank, device=self._device)),
+            experiment.algorithm.outer,
+            experiment.algorithm.wire,
         )
 
     def run(self, segment: Segment) -> Report:

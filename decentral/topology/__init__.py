@@ -13,7 +13,13 @@ import networkx as nx
 
 from decentral.errors import UserError
 from decentral.signature import bind, choose
-from decentral.topology.check import check, require_doubly_stochastic
+from decentral.topology.check import (
+    check,
+    require_column_stochastic,
+    require_doubly_stochastic,
+    require_static,
+    require_symmetric_above,
+)
 from decentral.topology.core import Topology
 from decentral.topology.draw import plot
 from decentral.topology.files import read
@@ -33,7 +39,10 @@ __all__ = [
     "describe",
     "plot",
     "read",
+    "require_column_stochastic",
     "require_doubly_stochastic",
+    "require_static",
+    "require_symmetric_above",
 ]
 
 

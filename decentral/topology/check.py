@@ -15,18 +15,21 @@ from decentral.topology.core import ROUND_OFF, Topology
 def check(topology: Topology) -> None:
     """Rows of every W(k) sum to 1, and news from each worker reaches every other.
 
+    With weights `push` it is the columns that sum to 1.
+
     A time-varying topology must be connected jointly: the union of its graphs over one period.
     Directed ones must be strongly connected.
 
     Raises UserError otherwise.
     """
     for k, W in enumerate(topology.matrices):
-        sums = W.sum(axis=1)
+        line, axis = ("column", 0) if topology.weights == "push" else ("row", 1)
+        sums = W.sum(axis=axis)
         worst = int(np.argmax(np.abs(sums - 1)))
         if not abs(sums[worst] - 1) <= ROUND_OFF:
             raise UserError(
-                f"every row of a mixing matrix must sum to 1, but in topology {topology.name} at "
-                f"step {k} row {worst} sums to {sums[worst]:.6g}; correct the weights rule "
+                f"every {line} of the mixing matrix must sum to 1, but in topology {topology.name}"
+                f" at step {k} {line} {worst} sums to {sums[worst]:.6g}; correct the weights rule "
                 f"{topology.weights!r}",
                 key="topology.weights",
             )
@@ -62,6 +65,52 @@ def require_doubly_stochastic(topology: Topology, method: str) -> None:
         f"{remedy}, or choose a method for such weights",
         key="topology.weights",
     )
+
+
+def require_column_stochastic(topology: Topology, method: str) -> None:
+    """Refuse a topology whose mixing does not keep the sum over the workers, for `method`.
+
+    Raises UserError naming the step and the column whose sum is furthest from 1.
+    """
+    sums = np.array([W.sum(axis=0) for W in topology.matrices])
+    step, column = np.unravel_index(np.argmax(np.abs(sums - 1)), sums.shape)
+    if abs(sums[step, column] - 1) > ROUND_OFF:
+        raise UserError(
+            f"{method} needs a column-stochastic W, but in topology {topology.name} with weights "
+            f"{topology.weights} column {column} at step {step} sums to {sums[step, column]:.6g}; "
+            "use weights: push",
+            key="topology.weights",
+        )
+
+
+def require_static(topology: Topology, method: str) -> None:
+    """Refuse a time-varying topology on behalf of `method`."""
+    if topology.period > 1:
+        raises = f"{method} needs the same W at every step, but topology {topology.name}"
+        raise UserError(f"{raises} has {topology.period}; choose a static one", key="topology.name")
+
+
+def require_symmetric_above(topology: Topology, bound: float, method: str) -> None:
+    """Refuse a W that is not symmetric with all eigenvalues above `bound`, for `method`.
+
+    The smallest eigenvalue from a dense solver: for the sizes at which one checks, up to about
+    5,000 workers, it takes seconds.
+    """
+    require_static(topology, method)
+    W = topology.matrices[0].toarray()
+    if np.abs(W - W.T).max() > ROUND_OFF:
+        raise UserError(
+            f"{method} needs a symmetric W, but that of topology {topology.name} is not; choose an"
+            " undirected graph with weights: metropolis",
+            key="topology.name",
+        )
+    smallest = float(np.linalg.eigvalsh(W)[0])
+    if smallest <= bound + ROUND_OFF:
+        raise UserError(
+            f"{method} needs all eigenvalues of W above {bound:.4g}, but the smallest of topology "
+            f"{topology.name} is {smallest:.4g}; use weights: lazy, which is (I + W) / 2",
+            key="topology.weights",
+        )
 
 
 def _label(graph: nx.Graph, worker: int) -> str:

@@ -1,4 +1,4 @@
-"""Mixing weights: from a graph to its matrix W, row-stochastic, self weights included.
+"""Mixing weights: from a graph to its matrix W, self weights included: row-stochastic, but `push`.
 
 A rule is one function and one entry in `WEIGHTS`; `build` looks it up. All are vectorised over the
 edges, for graphs of tens of thousands of workers.
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import networkx as nx
 import numpy as np
-from scipy.sparse import coo_array, csr_array
+from scipy.sparse import coo_array, csr_array, identity
 
 from decentral.errors import UserError
 
@@ -49,9 +49,30 @@ def metropolis(graph: nx.Graph) -> csr_array:
     return _matrix(receiver, sender, share, kept)
 
 
+def lazy(graph: nx.Graph) -> csr_array:
+    """(I + W) / 2 of the default weights: half of each worker stays, no eigenvalue is below 0."""
+    W = uniform(graph) if graph.is_directed() else metropolis(graph)
+    half = csr_array(0.5 * (W + identity(len(graph), format="csr")))
+    half.sort_indices()
+    return half
+
+
+def push(graph: nx.Graph) -> csr_array:
+    """W_ij = 1 / (d_j + 1) for j = i and each j that i hears from: a column-stochastic matrix.
+
+    d_j is the degree of j, the out-degree in a directed graph: each worker splits its mass evenly
+    among itself and those that hear it. For push-sum (Kempe, Dobra and Gehrke 2003).
+    """
+    receiver, sender = _links(graph)
+    share = 1 / (1 + np.bincount(sender, minlength=len(graph)))
+    return _matrix(receiver, sender, share[sender], share)
+
+
 WEIGHTS: dict[str, Callable[[nx.Graph], csr_array]] = {
     "uniform": uniform,
     "metropolis": metropolis,
+    "lazy": lazy,
+    "push": push,
 }
 
 

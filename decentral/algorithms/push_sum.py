@@ -1,0 +1,38 @@
+"""Stochastic gradient push: gossip on directed graphs, where no W is doubly stochastic."""
+
+import torch
+
+from decentral.replica import Replica
+
+
+class PushSum:
+    """Each worker splits its mass among those that hear it; a weight tells how much it holds.
+
+        x_half = x - gamma g(z)
+        (x, w) <- P (x_half, w),    w^0 = 1
+        z      = x / w
+
+    P is column-stochastic: it keeps the sum, and x / w converges to the mean. The model that
+    trains, and is evaluated, is z. State: one float.
+
+    Source: Assran et al. 2019 (arXiv 1811.10792), algorithm 1. Prefer it on directed graphs that
+    are not regular; on others it is gossip with one float more.
+    """
+
+    equation = "(x, w) <- P (x - gamma g(z), w);  z = x / w"
+    source = "Assran et al. 2019, arXiv 1811.10792"
+    sends = "D + 1 to each neighbour"
+    requires = "column-stochastic"
+
+    def step(self, replica: Replica) -> None:
+        z = replica.x
+        weight = replica.state.setdefault("weight", torch.ones_like(z[..., :1]))
+        gradient = replica.gradient()
+        z.mul_(weight)  # x, until the division below
+        replica.descend(gradient)
+        replica.record(z / weight)
+        mass = torch.cat([z, weight], dim=-1)
+        replica.mix_(mass)
+        weight.copy_(mass[..., -1:])
+        torch.div(mass[..., :-1], weight, out=z)
+        replica.mix_(replica.buffers)

@@ -1,0 +1,422 @@
+"""One contract for every method of the table, and a closed form that tells each from its twins."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from harness import D, N, Quadratic, replica_of, ring, run
+
+from decentral import topology as topologies
+from decentral.algorithms import COMPRESSORS, OUTER, PRESETS
+from decentral.algorithms.compression import BFloat16, Int8
+from decentral.algorithms.schedules import Every, Never, PostLocal, QuadraticRule
+from decentral.draws import hash64
+from decentral.replica import Averaging, Segment
+
+# Every preset with options at which it has no momentum of its own, so that its limits are SGD's.
+BARE = {
+    "parallel_sgd": {},
+    "local_sgd": {"period": 3},
+    "post_local_sgd": {"period": 3, "start": 2},
+    "qsr": {"base_period": 3, "alpha": 0.1},
+    "slowmo": {"period": 3, "beta": 0.0, "alpha": 1.0},
+    "diloco": {"period": 3, "lr": 1.0, "momentum": 0.0},
+    "gossip_sgd": {},
+    "gossip_pga": {"period": 3},
+    "gossip_aga": {},
+    "gossip_cta": {},
+    "gradient_tracking": {},
+    "gt_pga": {"period": 3},
+    "d2": {},
+    "qg_dsgdm": {"beta": 0.0},
+    "decentlam": {"beta": 0.0},
+    "sgp": {},
+    "choco_sgd": {"compression": {"name": "none"}, "consensus_step": 1.0},
+}
+LOCAL = ("parallel_sgd", "local_sgd", "post_local_sgd", "qsr", "slowmo", "diloco")
+# The last gradient of combine-then-adapt is not averaged, so its replicas differ even under J.
+AVERAGED_LAST = [name for name in BARE if name != "gossip_cta"]
+
+
+def bare(name):
+    return PRESETS[name](**BARE[name])
+
+
+def parallel(steps):
+    return run(PRESETS["parallel_sgd"](), Quadratic(), steps).x
+
+
+def test_the_contract_covers_every_method():
+    assert list(BARE) == list(PRESETS)
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_one_worker_is_sgd(name):
+    problem = Quadratic(n=1)
+    replica = run(bare(name), problem, 10, topologies.build(1, "ring"))
+    decay = (1 - 0.1 * problem.a[0]) ** 10
+    np.testing.assert_allclose(replica.x[0], problem.c[0] * (1 - decay), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in AVERAGED_LAST if name not in LOCAL])
+def test_on_the_complete_graph_it_is_parallel_sgd(name):
+    replica = run(bare(name), Quadratic(), 10, topologies.build(N, "complete"))
+    np.testing.assert_allclose(replica.x, parallel(10), rtol=1e-11)
+
+
+@pytest.mark.parametrize("name", AVERAGED_LAST)
+def test_with_a_global_average_at_every_step_it_is_parallel_sgd(name):
+    algorithm = bare(name)
+    if name != "parallel_sgd":
+        algorithm = replace(algorithm, schedule=Every(1))
+    replica = run(algorithm, Quadratic(), 10, ring())
+    np.testing.assert_allclose(replica.x, parallel(10), rtol=1e-11)
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_the_mean_moves_by_the_mean_gradient(name):
+    """Whatever the mixing, which is doubly stochastic here: the mean of x follows -lr mean(g)."""
+    algorithm, problem = bare(name), Quadratic()
+    replica = replica_of(algorithm, problem, topologies.build(N, "star"))
+    for step in range(7):
+        before = replica.x.mean(0)
+        everyone = algorithm.schedule.next_average(step) == step
+        replica.run(Segment(step, step + 1, algorithm.between, everyone, False))
+        moved = replica.x.mean(0) - before
+        np.testing.assert_allclose(moved, -0.1 * problem.value.mean(0), rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_state_survives_a_checkpoint(name):
+    """Four steps, saved, loaded into a fresh replica, three more: as seven at once."""
+    optimizer = "sgd" if name in ("qg_dsgdm", "decentlam") else "adam"
+    options = BARE[name] if name not in ("qg_dsgdm", "decentlam") else {}
+    whole = run(PRESETS[name](**options), Quadratic(), 7, ring(), name=optimizer)
+    first_algorithm = PRESETS[name](**options)
+    first = run(first_algorithm, Quadratic(), 4, ring(), name=optimizer)
+    algorithm = PRESETS[name](**options)
+    algorithm.schedule.state.update(first_algorithm.schedule.state)
+    second = replica_of(algorithm, Quadratic(), ring(), name=optimizer)
+    second.load_state_dict(first.state_dict())
+    for step in range(4, 7):
+        everyone = algorithm.schedule.next_average(step) == step
+        second.run(Segment(step, step + 1, algorithm.between, everyone, False))
+        if everyone:
+            algorithm.schedule.observe(step, 1.0, second.lr)
+    np.testing.assert_allclose(second.x, whole.x, rtol=1e-12)
+    assert second.comm.bytes_sent == whole.comm.bytes_sent
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_the_table_says_what_a_method_is(name):
+    rule = bare(name).rule
+    assert rule.equation
+    assert "20" in rule.source  # a year
+    assert rule.sends
+    assert PRESETS[name].__doc__
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_recording_changes_nothing_and_sends_nothing_that_counts(name):
+    algorithm, replicas = bare(name), []
+    for record in (False, True):
+        replica = replica_of(algorithm, Quadratic(), ring())
+        for step in range(4):
+            replica.run(Segment(step, step + 1, algorithm.between, step == 2, record))
+        replicas.append(replica)
+    np.testing.assert_allclose(replicas[0].x, replicas[1].x, rtol=1e-14)
+    assert replicas[0].comm.bytes_sent == replicas[1].comm.bytes_sent
+
+
+# --- closed forms ---
+
+
+def optimum(problem):
+    return (problem.a * problem.c).sum(0) / problem.a.sum(0)
+
+
+@pytest.mark.parametrize("topology", ["ring", "star"])
+@pytest.mark.parametrize("name", ["gradient_tracking", "d2"])
+def test_it_reaches_the_optimum_with_a_constant_step_where_gossip_does_not(name, topology):
+    graph = topologies.build(N, topology)
+    problem = Quadratic()
+    replica = run(bare(name), problem, 3000, graph)
+    np.testing.assert_allclose(replica.x, optimum(problem).expand(N, D), rtol=1e-10)
+    gossip = run(bare("gossip_sgd"), Quadratic(), 3000, graph)
+    assert (gossip.x - optimum(problem)).abs().max() > 1e-2
+
+
+def test_combine_then_adapt_stops_at_its_own_fixed_point():
+    problem = Quadratic()
+    replica = run(bare("gossip_cta"), problem, 3000, ring())
+    w, a, c = ring().matrix(0).toarray(), problem.a.numpy(), problem.c.numpy()
+    for d in range(D):
+        fixed = np.linalg.solve(np.eye(N) - w + 0.1 * np.diag(a[:, d]), 0.1 * a[:, d] * c[:, d])
+        np.testing.assert_allclose(replica.x[:, d], fixed, rtol=1e-10)
+
+
+def by_hand(problem, steps, step):
+    """`step(k, x, g, state)` -> x, from x = 0, in numpy."""
+    a, c, x, state = problem.a.numpy(), problem.c.numpy(), np.zeros((N, D)), {}
+    for k in range(steps):
+        x = step(k, x, a * (x - c), state)
+    return x
+
+
+W, LR = ring().matrix(0).toarray(), 0.1
+
+
+def test_gradient_tracking_with_a_period_by_hand():
+    def step(k, x, g, state):
+        mixing = np.full((N, N), 1 / N) if (k + 1) % 3 == 0 else W
+        y = g if k == 0 else state["mixed"] + g - state["g"]
+        state.update(mixed=mixing @ y, g=g)
+        return mixing @ (x - LR * y)
+
+    problem = Quadratic()
+    replica = run(PRESETS["gt_pga"](period=3), problem, 8, ring())
+    np.testing.assert_allclose(replica.x, by_hand(problem, 8, step), rtol=1e-12)
+
+
+def test_d2_by_hand():
+    def step(k, x, g, state):
+        new = W @ (x - LR * g) if k == 0 else W @ (2 * x - state["x"] - LR * (g - state["g"]))
+        state.update(x=x, g=g)
+        return new
+
+    problem = Quadratic()
+    replica = run(PRESETS["d2"](), problem, 8, ring())
+    np.testing.assert_allclose(replica.x, by_hand(problem, 8, step), rtol=1e-12)
+
+
+def test_quasi_global_momentum_by_hand():
+    def step(k, x, g, state):
+        m = state.get("m", 0)
+        new = W @ (x - LR * (0.8 * m + g))
+        state["m"] = 0.7 * m + 0.3 * (x - new) / LR
+        return new
+
+    problem = Quadratic()
+    replica = run(PRESETS["qg_dsgdm"](beta=0.8, mu=0.7), problem, 8, ring())
+    np.testing.assert_allclose(replica.x, by_hand(problem, 8, step), rtol=1e-12)
+
+
+def test_decentlam_by_hand():
+    def step(k, x, g, state):
+        state["m"] = 0.8 * state.get("m", 0) + (x - W @ (x - LR * g)) / LR
+        return x - LR * state["m"]
+
+    problem = Quadratic()
+    replica = run(PRESETS["decentlam"](beta=0.8), problem, 8, ring())
+    np.testing.assert_allclose(replica.x, by_hand(problem, 8, step), rtol=1e-12)
+
+
+def local_steps(problem, x, steps):
+    a, c = problem.a.numpy(), problem.c.numpy()
+    for _ in range(steps):
+        x = x - LR * a * (x - c)
+    return x
+
+
+def test_slowmo_by_hand():
+    problem, old, u = Quadratic(), np.zeros((N, D)), 0
+    for _ in range(3):
+        mean = local_steps(problem, old, 4).mean(0)
+        u = 0.6 * u + (old - mean) / LR
+        old = old - 0.9 * LR * u
+    replica = run(PRESETS["slowmo"](period=4, beta=0.6, alpha=0.9), problem, 12)
+    np.testing.assert_allclose(replica.x, old, rtol=1e-12)
+
+
+def test_diloco_is_torchs_nesterov_on_the_outer_gradient():
+    problem = Quadratic()
+    x = torch.zeros(D, dtype=torch.float64)
+    outer = torch.optim.SGD([x], lr=0.7, momentum=0.9, nesterov=True)
+    for _ in range(3):
+        x.grad = x - torch.from_numpy(local_steps(problem, x.expand(N, D).numpy(), 4)).mean(0)
+        outer.step()
+    replica = run(PRESETS["diloco"](period=4), problem, 12)
+    np.testing.assert_allclose(replica.x, x.expand(N, D), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["slowmo", "diloco"])
+def test_a_plain_outer_step_is_local_sgd(name):
+    local = run(bare("local_sgd"), Quadratic(), 10)
+    np.testing.assert_allclose(run(bare(name), Quadratic(), 10).x, local.x, rtol=1e-12)
+
+
+def directed():
+    """0 -> 1, 2, 3; 1 -> 2; 2 -> 0; 3 -> 0: strongly connected, not regular."""
+    import networkx as nx
+
+    graph = nx.DiGraph([(0, 1), (0, 2), (0, 3), (1, 2), (2, 0), (3, 0), (4, 0), (3, 4)])
+    graph = nx.relabel_nodes(graph, dict(zip(sorted(graph), range(N), strict=True)))
+    return {
+        rule: topologies.Topology("d", (graph,), (topologies.WEIGHTS[rule](graph),), rule)
+        for rule in ("push", "uniform")
+    }
+
+
+def test_push_sum_averages_rightly_where_plain_mixing_is_wrong():
+    """With no gradient: push-sum finds the mean, row-stochastic mixing the mean weighted by W's
+    left Perron vector."""
+    start = torch.randn(N, D, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    graphs = directed()
+    problem = Quadratic()
+    problem.a.zero_()
+    problem.parameters.copy_(start)
+    pushed = run(PRESETS["sgp"](), problem, 400, graphs["push"])
+    np.testing.assert_allclose(pushed.x, start.mean(0).expand(N, D), rtol=1e-10)
+
+    mixing = graphs["uniform"].matrix(0).toarray()
+    values, vectors = np.linalg.eig(mixing.T)
+    perron = np.real(vectors[:, np.argmax(np.real(values))])
+    perron /= perron.sum()
+    problem.parameters.copy_(start)
+    plain = run(PRESETS["gossip_sgd"](), problem, 400, graphs["uniform"])
+    np.testing.assert_allclose(plain.x, np.tile(perron @ start.numpy(), (N, 1)), rtol=1e-10)
+    assert (plain.x - start.mean(0)).abs().max() > 0.1
+
+
+def test_push_sum_by_hand():
+    graph = directed()["push"]
+    problem, p = Quadratic(), graph.matrix(0).toarray()
+    a, c = problem.a.numpy(), problem.c.numpy()
+    x, w, z = np.zeros((N, D)), np.ones((N, 1)), np.zeros((N, D))
+    for _ in range(6):
+        x = p @ (x - LR * a * (z - c))
+        w = p @ w
+        z = x / w
+    replica = run(PRESETS["sgp"](), problem, 6, graph)
+    np.testing.assert_allclose(replica.x, z, rtol=1e-12)
+
+
+def test_choco_without_compression_is_gossip():
+    gossip = run(bare("gossip_pga"), Quadratic(), 10, ring())
+    choco = replace(bare("choco_sgd"), schedule=Every(3))
+    np.testing.assert_allclose(run(choco, Quadratic(), 10, ring()).x, gossip.x, rtol=1e-12)
+
+
+def test_choco_by_hand_with_top_k():
+    def top1(v):
+        q = np.zeros_like(v)
+        rows, places = np.arange(N), np.abs(v).argmax(1)
+        q[rows, places] = v[rows, places]
+        return q
+
+    def step(k, x, g, state):
+        public = state.get("public", np.zeros((N, D)))
+        half = x - LR * g
+        public = state["public"] = public + top1(half - public)
+        return half + 0.4 * (W @ public - public)
+
+    problem = Quadratic()
+    algorithm = PRESETS["choco_sgd"](
+        compression={"name": "top_k", "fraction": 0.3}, consensus_step=0.4
+    )
+    replica = run(algorithm, problem, 9, ring())
+    np.testing.assert_allclose(replica.x, by_hand(problem, 9, step), rtol=1e-12)
+    assert replica.comm.bytes_sent == 9 * N * 2 * (8 + 4)  # a float64 and where it goes
+
+
+def test_post_local_starts_when_told_or_when_the_learning_rate_first_decays():
+    told = PostLocal(period=4, start=6)
+    told.observe(-1, 0.0, 0.1)
+    averages = []
+    for k in range(16):
+        if told.next_average(k) == k:
+            averages.append(k)
+            told.observe(k, 1.0, 0.1)
+    assert averages == [0, 1, 2, 3, 4, 5, 7, 11, 15]
+    decayed = PostLocal(period=4)
+    decayed.observe(-1, 0.0, 0.1)
+    decayed.observe(0, 1.0, 0.1)
+    assert decayed.next_average(1) == 1
+    decayed.observe(1, 1.0, 0.01)
+    assert decayed.next_average(2) == 3
+
+
+def test_qsr_sets_the_period_from_the_next_learning_rate():
+    schedule = QuadraticRule(base_period=4, alpha=0.2, warmup=3)
+    schedule.observe(-1, 0.0, 0.01)
+    assert schedule.next_average(0) == 3  # warming up: H_base
+    schedule.observe(3, 1.0, 0.05)
+    assert schedule.period == 16  # (0.2 / 0.05)^2
+    assert schedule.next_average(4) == 19
+    schedule.observe(19, 1.0, 0.15)
+    assert schedule.period == 4  # floor((0.2 / 0.15)^2) = 1 < H_base
+
+
+# --- what goes over the wire ---
+
+OPTIONS = {"top_k": {"fraction": 0.1}, "random_k": {"fraction": 0.1}}
+BYTES = {"none": 800, "bfloat16": 200, "int8": 104, "sign": 17, "top_k": 120, "random_k": 88}
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_compressors_keep_their_contraction_and_their_bytes(name):
+    compressor = COMPRESSORS[name](**OPTIONS.get(name, {}))
+    x = torch.randn(2000, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    message = compressor.encode(x, hash64(torch.arange(2000)))
+    assert message.dtype == torch.uint8
+    assert message.shape == (2000, BYTES[name])
+    decoded = compressor.decode(message, x)
+    assert decoded.dtype == x.dtype
+    error = ((x - decoded) ** 2).sum(1) / (x**2).sum(1)
+    delta = compressor.contraction(100)
+    # Random-k holds its bound in expectation: 2,000 rows, standard error 0.001.
+    assert error.mean() <= 1 - delta + (0.004 if name == "random_k" else 1e-12)
+    if name != "random_k":
+        assert error.max() <= 1 - delta + 1e-12
+    one = compressor.decode(compressor.encode(x[7], hash64(torch.tensor(7))), x[7])
+    assert torch.equal(one, decoded[7])  # a worker by itself as among others
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_compressors_take_zeros(name):
+    compressor = COMPRESSORS[name](**OPTIONS.get(name, {}))
+    x = torch.zeros(3, 50)
+    assert torch.equal(compressor.decode(compressor.encode(x, torch.arange(3)), x), x)
+
+
+def test_top_k_keeps_the_largest_and_sign_the_scaled_signs():
+    x = torch.tensor([[1.0, -5.0, 2.0, 4.0]])
+    top = COMPRESSORS["top_k"](fraction=0.5)
+    assert top.decode(top.encode(x, torch.zeros(1)), x).tolist() == [[0, -5, 0, 4]]
+    sign = COMPRESSORS["sign"]()
+    assert sign.decode(sign.encode(x, torch.zeros(1)), x).tolist() == [[3, -3, 3, 3]]
+
+
+@pytest.mark.parametrize(("wire", "bytes_each"), [(BFloat16(), 6), (Int8(), 7)])
+def test_a_wire_format_keeps_the_mean_and_sends_fewer_bytes(wire, bytes_each):
+    problem = Quadratic()
+    replica = replica_of(replace(PRESETS["gossip_sgd"](), wire=wire), problem, ring())
+    for step in range(30):
+        before = replica.x.mean(0)
+        replica.run(Segment(step, step + 1, Averaging.NEIGHBOURS, False, False))
+        expected = before - 0.1 * problem.value.mean(0)
+        np.testing.assert_allclose(replica.x.mean(0), expected, atol=1e-14)
+    assert replica.comm.bytes_sent == 30 * N * 2 * bytes_each
+    exact = run(PRESETS["gossip_sgd"](), Quadratic(), 30, ring())
+    assert 0 < (replica.x - exact.x).abs().max() < 0.02  # rounded, and not far off
+
+
+def test_tables_of_parts_are_complete():
+    assert isinstance(PRESETS["gossip_sgd"]().schedule, Never)
+    assert set(OUTER) == {"slowmo", "diloco"}
+
+
+def test_the_page_of_methods_is_the_table():
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    page = subprocess.run(
+        [sys.executable, "-m", "decentral", "methods", "--markdown"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert page == (Path(__file__).parents[1] / "docs/methods.md").read_text()
+    assert all(f"## {name}\n" in page for name in PRESETS)
