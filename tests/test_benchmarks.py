@@ -12,6 +12,7 @@ pytestmark = pytest.mark.slow
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SMALL = {
     "gossip_pga_digits": ["--steps", "24", "--seeds", "2", "--workers", "4"],
+    "heterogeneity": ["--steps", "6", "--seeds", "2", "--workers", "4"],
     "simulator_rate": ["--workers", "4", "--workers", "8", "--repeats", "1"],
 }
 
