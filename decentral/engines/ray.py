@@ -144,13 +144,14 @@ class RayEngine:
             except GetTimeoutError:
                 continue
             except RayActorError as error:
-                dead[rank] = str(error).strip().split("\n")[0]
+                dead[rank] = " ".join(str(error).split())[:400]
             except RayTaskError as error:
                 errors[rank] = error.cause if isinstance(error.cause, Exception) else error
         own = {r: e for r, e in errors.items() if not isinstance(e, PeerError)}
         lost = [e for e in errors.values() if isinstance(e, PeerError)]
         if dead:
-            return WorkerError("; ".join(self._died(rank, lost, segment) for rank in sorted(dead)))
+            told = "; ".join(self._died(rank, lost, segment) for rank in sorted(dead))
+            return WorkerError(told if self._nodes else f"{told}. Ray says: {min(dead.items())[1]}")
         if own:
             rank, error = min(own.items())
             if isinstance(error, StepError):
@@ -164,14 +165,16 @@ class RayEngine:
         )
 
     def _died(self, rank: int, lost: list[PeerError], segment: Segment | None) -> str:
-        address, pid = self._nodes[rank] if self._nodes else ("unknown", 0)
+        if not self._nodes:
+            return f"worker {rank} died before the first step"
+        address, pid = self._nodes[rank]
         where = f"worker {rank} (process {pid} on node {address}) died"
         told = [e.step for e in lost if e.peer == rank] or [e.step for e in lost]
         if told:
             return f"{where} at step {min(told)}"
         if segment is not None:
             return f"{where} in steps {segment.start} to {segment.stop - 1}"
-        return f"{where} before the first step" if not self._nodes else where
+        return where
 
 
 class _Actor(Worker):
@@ -204,8 +207,9 @@ def _connect(config: RayConfig, workers: int) -> bool:
             ray.init(address=config.address, logging_level=logging.ERROR)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"there is no Ray cluster at {config.address!r} ({error}); start one with"
-                " `ray start --head`, or take ray.address away for a local one",
+                f"cannot join a Ray cluster at {config.address!r} ({error}); start one with"
+                " `ray start --head`, or take ray.address away for a local one. If it is there and"
+                " wants a token, set RAY_AUTH_MODE=token in the environment, or say auto",
                 "ray.address",
             ) from None
         return True
