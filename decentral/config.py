@@ -26,28 +26,26 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class Component(BaseModel):
-    """Something chosen by name; every other key is an option, checked against its signature."""
+class _Choice(BaseModel):
+    """Something chosen; keys beyond the schema are its options, checked against its signature."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Component(_Choice):
+    """Something chosen by name."""
 
     name: str
 
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
 
-
-class Partition(BaseModel):
-    """How training samples are split over the workers; other keys are options of the kind."""
-
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+class Partition(_Choice):
+    """How training samples are split over the workers."""
 
     kind: str
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
 
 
 class TaskConfig(Component):
@@ -56,18 +54,12 @@ class TaskConfig(Component):
     sampling: Literal["shuffle", "replacement"] = "shuffle"
 
 
-class TopologyConfig(BaseModel):
+class TopologyConfig(_Choice):
     """A built-in graph by `name`, with its options, or a graph `file`."""
-
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
     name: str | None = None
     file: str | None = None
     weights: str | None = None
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
 
 
 class GradientConfig(_Section):
