@@ -180,9 +180,6 @@ class AsynchronousReplica:
         return Report(
             loss=self._loss.numpy().reshape(-1).copy(),
             deviation=array(deviation) if segment.record else None,
-            moved=None,
-            gradient_square=None,
-            variance=None,
             bytes_sent=self.comm.bytes_sent,
             events=events,
             lr=self._settings.lr(segment.stop - 1),

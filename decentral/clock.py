@@ -141,29 +141,34 @@ class Clock:
         began = now
         if self._overlap and self._before is not None:
             began, self._before = self._before, None
-        started, peer = began.copy(), np.arange(len(now))
         if event.kind == "neighbours":
             turn = event.step // self._turn_steps
             exchange = self._exchanges[turn % len(self._exchanges)]
             done = exchange.done(began, event.size * self._on_wire)
         else:
             exchange = None
-            groups = self._groups if event.kind == "group" else [np.arange(len(now))]
             done = began.copy()
-            for members in groups:
-                last = members[began[members].argmax()]
-                started[members], peer[members] = began[last], last
-                done[members] = began[last] + self._mean_s(event, members)
+            for members in self._averaging(event):
+                done[members] = began[members].max() + self._mean_s(event, members)
         self.now = np.maximum(now, done)
         if self._draws(event):
-            kind = "all-reduce" if exchange is None else "exchange"
             if exchange is not None:
+                kind = "exchange"
                 started, peer = exchange.last(began, event.size * self._on_wire)
+            else:
+                kind, started, peer = "all-reduce", began.copy(), np.arange(len(now))
+                for members in self._averaging(event):
+                    last = members[began[members].argmax()]
+                    started[members], peer[members] = began[last], last
             if began is not now:
                 self._draw(event, kind, started, done, hidden=True)
             shown = np.clip(started, now, self.now)  # what the worker itself spends on it
             self._draw(event, "wait", now, shown, waits_for=peer)
             self._draw(event, kind, shown, self.now)
+
+    def _averaging(self, event: Event) -> Sequence[np.ndarray]:
+        """Who averages with whom: everyone, or the members of each group."""
+        return self._groups if event.kind == "group" else [np.arange(len(self.now))]
 
     def _mean_s(self, event: Event, members: np.ndarray) -> float:
         """Seconds of a mean over everyone, or over the members of a group."""

@@ -135,9 +135,9 @@ class EventQueue:
                     free[i] = free[j] = meet + self._link_s(i, j)
                     plan(meet, "meet", i, j)
                     plan(free[i], "part", i, j)
-                    for worker_, other in ((i, j), (j, i)):
+                    for one, other in ((i, j), (j, i)):
                         facts = {"with worker": other}
-                        self._draw(worker_, "exchange", begun // n, meet, free[i], facts)
+                        self._draw(one, "exchange", begun // n, meet, free[i], facts)
                 round_ += 1
 
         for worker in range(n):

@@ -189,7 +189,7 @@ def _algorithm(config: Config) -> Algorithm:
     """A preset, with those of its parts replaced that the config names."""
     options = config.algorithm.options
     parts = {part: options.pop(part) for part in PARTS if part in options}
-    pause = {key: options.pop(key) for key in ("gossip_period",) if key in options}
+    gossip_period = options.pop("gossip_period", None)
     name = config.algorithm.name
     preset = choose(PRESETS, name, "algorithm.name", "algorithm")
     algorithm = preset(
@@ -202,8 +202,9 @@ def _algorithm(config: Config) -> Algorithm:
         own = {option: value for option, value in chosen.items() if option != "name"}
         kind = choose(PARTS[part], chosen["name"], f"{key}.name", part)
         algorithm = replace(algorithm, **{part: kind(**bind(kind, own, key, name=chosen["name"]))})
-    if pause:
-        algorithm = replace(algorithm, **bind(_gossip_period, pause, "algorithm"))
+    if gossip_period is not None:
+        shared = bind(_gossip_period, {"gossip_period": gossip_period}, "algorithm")
+        algorithm = replace(algorithm, **shared)
     _check_parts(algorithm, config)
     if getattr(algorithm.rule, "plain_sgd", False):
         _require_plain_sgd(config, algorithm)
@@ -235,16 +236,11 @@ def _check_parts(algorithm: Algorithm, config: Config) -> None:
             f"{name} has no steps without an exchange between neighbours; take it away",
             "algorithm.gossip_period",
         )
-    if isinstance(schedule, ConsensusControl) and not isinstance(algorithm.rule, AdaptThenCombine):
+    shows = algorithm.needs_topology and isinstance(algorithm.rule, AdaptThenCombine)
+    if isinstance(schedule, ConsensusControl) and not shows:
         raise UserError(
             f"consensus control watches how far gossip moves the models, which {name} does not"
             " show; use it with gossip_sgd",
-            "algorithm.schedule",
-        )
-    if isinstance(schedule, ConsensusControl) and not algorithm.needs_topology:
-        raise UserError(
-            f"consensus control watches what neighbours exchange, and {name} has none; use it"
-            " with gossip_sgd",
             "algorithm.schedule",
         )
     if algorithm.outer is not None and not isinstance(algorithm.rule, AdaptThenCombine):

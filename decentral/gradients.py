@@ -22,6 +22,7 @@ from torch.func import functional_call, vmap
 
 from decentral.batches import Batches
 from decentral.comm import accumulation_dtype
+from decentral.replica import squared_norm
 from decentral.tasks import Sampler, Task, fetch
 
 log = logging.getLogger(__name__)
@@ -341,11 +342,6 @@ def clip_(gradient: Tensor, max_norm: float) -> None:
     dtype = accumulation_dtype(gradient.dtype)
     norm = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True, dtype=dtype)
     gradient.mul_((max_norm / (norm + 1e-6)).clamp_(max=1.0))
-
-
-def squared_norm(x: Tensor) -> Tensor:
-    """||x||^2 over the last axis, in float64."""
-    return x.to(accumulation_dtype(x.dtype)).square().sum(dim=-1, dtype=torch.float64)
 
 
 def _variance(square: Tensor | float, total: Tensor, batches: int) -> Tensor:

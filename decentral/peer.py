@@ -1,6 +1,6 @@
 """One worker's door to the network, over torch.distributed: the other side of comm.py."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,11 +68,7 @@ class PeerComm:
         if self._host:
             message = message.cpu()
         received = {peer: self._buffer(peer, message) for peer in heard}
-        # Receives first: a message that finds its buffer waiting needs no copy.
-        operations = [
-            dist.P2POp(dist.irecv, received[peer], peer, self._from(peer)) for peer in heard
-        ] + [dist.P2POp(dist.isend, message, peer, self._to(peer)) for peer in hearers]
-        self._exchange(operations, step)
+        self._exchange(dict.fromkeys(hearers, message), received, step)
         self.bytes_sent += len(hearers) * nbytes(message)
         self.events.append(Event("neighbours", step, nbytes(message)))
         mixed = own.to(accumulation_dtype(own.dtype)) * own_weight
@@ -100,13 +96,7 @@ class PeerComm:
         """What `peer` sends while x goes to it, like x; not counted, and good until the next."""
         own = x.to("cpu" if self._host else x.device)
         theirs = self._buffer(peer, own)
-        self._exchange(
-            [
-                dist.P2POp(dist.irecv, theirs, peer, self._from(peer)),
-                dist.P2POp(dist.isend, own, peer, self._to(peer)),
-            ],
-            step,
-        )
+        self._exchange({peer: own}, {peer: theirs}, step)
         return theirs.to(x.device)
 
     def spread(self, x: Tensor) -> Tensor:
@@ -119,15 +109,10 @@ class PeerComm:
         device = messages.device
         messages = messages.to("cpu" if self._host else device).contiguous()
         received = torch.empty_like(messages)
-        # Receives first, as in `mix`.
-        operations = [
-            dist.P2POp(dist.irecv, received[row], peer, self._from(peer))
-            for row, peer in enumerate(self._neighbours)
-        ] + [
-            dist.P2POp(dist.isend, messages[row], peer, self._to(peer))
-            for row, peer in enumerate(self._neighbours)
-        ]
-        self._exchange(operations, step)
+        out, into = (
+            dict(zip(self._neighbours, rows, strict=True)) for rows in (messages, received)
+        )
+        self._exchange(out, into, step)
         self.bytes_sent += nbytes(messages)
         self.events.append(Event("neighbours", step, nbytes(messages[:1])))
         return received.to(device)
@@ -158,7 +143,12 @@ class PeerComm:
             self.events.append(Event("everyone" if group is None else "group", step, nbytes(x)))
         return total
 
-    def _exchange(self, operations: list[dist.P2POp], step: int) -> None:
+    def _exchange(self, out: Mapping[int, Tensor], into: Mapping[int, Tensor], step: int) -> None:
+        """Send and receive at once, a message for, or from, each peer."""
+        # Receives first: a message that finds its buffer waiting needs no copy.
+        operations = [
+            dist.P2POp(dist.irecv, buffer, peer, self._from(peer)) for peer, buffer in into.items()
+        ] + [dist.P2POp(dist.isend, message, peer, self._to(peer)) for peer, message in out.items()]
         peer = None
         try:
             if not self._host:

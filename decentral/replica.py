@@ -135,13 +135,13 @@ class Report:
 
     loss: np.ndarray  # sum over the steps of the segment
     deviation: np.ndarray | None  # ||x_i - xbar||^2 before the last averaging, if recorded
-    moved: np.ndarray | None  # ||(W x)_i - x_i||^2 of the last averaging, if watched
-    gradient_square: np.ndarray | None  # ||g_i||^2 at the last step, if watched or measured
-    variance: np.ndarray | None  # of one batch's gradient at the last step, if measured
     bytes_sent: int  # by these workers, since the start
     events: list[Event]  # what a worker did, in order: all workers do the same
     lr: float  # at the last step
     next_lr: float  # at the step after it
+    moved: np.ndarray | None = None  # ||(W x)_i - x_i||^2 of the last averaging, if watched
+    gradient_square: np.ndarray | None = None  # ||g_i||^2 at the last step, if watched or measured
+    variance: np.ndarray | None = None  # of one batch's gradient at the last step, if measured
 
 
 class Replica:
@@ -204,8 +204,7 @@ class Replica:
         """The stochastic gradient at x on this step's batch, [..., D]; overwritten by the next."""
         self.count(self._gradient(self.step))
         if self._watching or self._measuring:
-            zero = torch.zeros_like(self._gradient.value[..., :1])
-            self._gradient_square = squared_distance(self._gradient.value, zero)
+            self._gradient_square = squared_norm(self._gradient.value)
         return self._gradient.value
 
     def losses(self) -> Tensor:
@@ -392,13 +391,18 @@ def squared_distance(x: Tensor, other: Tensor) -> Tensor:
     """
     dtype = accumulation_dtype(x.dtype)
     if x.dim() == 1:
-        return (x.to(dtype) - other.to(dtype)).square_().sum(dtype=torch.float64)
+        return squared_norm(x.to(dtype) - other.to(dtype))
     others = other.expand(len(x), -1)
     rows = [
-        (mine.to(dtype) - theirs.to(dtype)).square_().sum(dim=-1, dtype=torch.float64)
+        squared_norm(mine.to(dtype) - theirs.to(dtype))
         for mine, theirs in zip(x.split(64), others.split(64), strict=True)
     ]
     return torch.cat(rows)
+
+
+def squared_norm(x: Tensor) -> Tensor:
+    """||x||^2 over the last axis, in float64."""
+    return x.to(accumulation_dtype(x.dtype)).square().sum(dim=-1, dtype=torch.float64)
 
 
 def array(values: Tensor | None) -> np.ndarray | None:

@@ -58,17 +58,18 @@ class Cluster:
         same.
         """
         workers = count(file, workers)
-        if file is not None and compute_ms is None:
-            compute_ms = _said(file, "compute_ms")
-        if file is not None and all_reduce_gbps is None and measured.all_reduce_ms is None:
-            all_reduce_gbps = _said(file, "all_reduce_gbps")
+        graph = None if file is None else read(file, "--cluster")
+        if file is not None and graph is not None:
+            if compute_ms is None:
+                compute_ms = _said(graph, file, "compute_ms")
+            if all_reduce_gbps is None and measured.all_reduce_ms is None:
+                all_reduce_gbps = _said(graph, file, "all_reduce_gbps")
         if compute_ms is None:
             raise UserError("say what a local step takes, such as --compute-ms 146", "--compute-ms")
         _exclude("--bandwidth-gbps", bandwidth_gbps, "--exchange-ms", measured.exchange_ms)
         _exclude("--all-reduce-gbps", all_reduce_gbps, "--all-reduce-ms", measured.all_reduce_ms)
-        if file is not None:
+        if file is not None and graph is not None:
             _exclude("--cluster", str(file), "--exchange-ms", measured.exchange_ms)
-            graph = read(file, "--cluster")
             _require(graph, file, "latency_ms", latency_ms)
             _require(graph, file, "bandwidth_gbps", bandwidth_gbps)
         if file is None and bandwidth_gbps is None and measured.exchange_ms is None:
@@ -90,7 +91,7 @@ class Cluster:
         if bandwidth_gbps is not None:
             network["bandwidth_gbps"] = bandwidth_gbps
         if measured.all_reduce_ms is not None:
-            hops_ms = _hops_ms(file, workers, latency_ms)
+            hops_ms = _hops_ms(graph, workers, latency_ms)
             sending_ms = _positive(measured.all_reduce_ms - hops_ms, "--all-reduce-ms")
             all_reduce_gbps = 2 * size * (workers - 1) / workers * 8e-6 / sending_ms
         if all_reduce_gbps is not None:
@@ -116,9 +117,9 @@ def count(file: Path | None, workers: int | None) -> int:
     return workers
 
 
-def _said(file: Path, attribute: str) -> float | None:
+def _said(graph: nx.Graph, file: Path, attribute: str) -> float | None:
     """What a graph file says of the cluster as a whole."""
-    value = read(file, "--cluster").graph.get(attribute)
+    value = graph.graph.get(attribute)
     if value is None:
         return None
     if not isinstance(value, int | float) or not value > 0:
@@ -128,9 +129,8 @@ def _said(file: Path, attribute: str) -> float | None:
     return float(value)
 
 
-def _hops_ms(file: Path | None, n: int, latency_ms: float | None) -> float:
+def _hops_ms(graph: nx.Graph | None, n: int, latency_ms: float | None) -> float:
     """Latencies of an all-reduce, as the clock has them: what it takes for no bytes."""
-    graph = None if file is None else read(file, "--cluster")
     clock = Clock(np.zeros(n), (latency_ms or 0.0) * 1e-3, np.inf, cluster=graph)
     return clock.all_reduce_s(0) * 1e3
 

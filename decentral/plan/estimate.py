@@ -174,9 +174,8 @@ def estimate(candidate: Candidate, cluster: Cluster, size: int) -> Estimate:
         "latency": latency_s,
     }
     everything = step_s(compute=True, latency=True, neighbours=True, everyone=True)
-    norm, graphs = _mixing(topology) if topology is not None else (None, 1)
+    beta, norm, graphs = _mixing(topology) if topology is not None else (None, None, 1)
     transient = _transient(candidate.method, n, period, norm, graphs)
-    beta = None if topology is None else topologies.beta(topology)
     return Estimate(candidate, everything, sent, terms, beta, transient)
 
 
@@ -298,7 +297,8 @@ def _topology(topology: str | None, n: int) -> Topology | None:
 
 
 @cache
-def _mixing(topology: Topology) -> tuple[float, int]:
-    """The better of its two rates, for the theory: see `describe`."""
+def _mixing(topology: Topology) -> tuple[float, float, int]:
+    """Its beta, and the better of its two rates, for the theory: see `describe`."""
+    beta = topologies.beta(topology)
     at_random = topologies.beta_random(topology) if topology.period > 1 else None
-    return topologies.better_rate(topology, topologies.beta(topology), at_random)
+    return beta, *topologies.better_rate(topology, beta, at_random)
