@@ -1,6 +1,7 @@
 """`decentral run`, from config to result: what the command line and `decentral.run` call."""
 
 import copy
+import functools
 import importlib.metadata
 import os
 import platform
@@ -109,14 +110,14 @@ def execute(
     with torch.random.fork_rng(cards):
         engine = _engine(experiment, watcher)
         try:
-            coordinator = Coordinator(experiment, engine)
+            coordinator = Coordinator(experiment, engine, watcher.say)
             if checkpoint is not None:
                 checkpoints.restore(checkpoint, coordinator, engine)
             if directory is not None:
                 rows += directory.start(config, experiment.shards, coordinator.step)
             watcher.begin(experiment, coordinator.step)
             status = _run(experiment, engine, coordinator, directory, rows, watcher)
-            state = engine.average_model()
+            state = coordinator.steadily(engine.average_model)
             if directory is not None and coordinator.timeline is not None:
                 coordinator.timeline.write(directory.path / "timeline.json")
         except BaseException as error:
@@ -160,7 +161,8 @@ def _run(
         due = every is not None and coordinator.step % every == 0
         if directory is not None and (stop or due):
             keep = experiment.config.checkpoint.keep
-            folder = checkpoints.save(directory.path, coordinator, engine, keep)
+            save = functools.partial(checkpoints.save, directory.path, coordinator, engine, keep)
+            folder = coordinator.steadily(save)
             if stop:
                 watcher.say(f"stopped at step {coordinator.step}; checkpoint in {folder}")
         if stop:

@@ -178,6 +178,7 @@ class AsynchronousReplica:
                         value.copy_(self.comm.mean(value, segment.stop - 1))
         events, self.comm.events = self.comm.events, []
         return Report(
+            stop=segment.stop,
             loss=self._loss.numpy().reshape(-1).copy(),
             deviation=array(deviation) if segment.record else None,
             bytes_sent=self.comm.bytes_sent,

@@ -46,9 +46,10 @@ class Nodes:
     of: np.ndarray
     link: Link
 
-    def groups(self) -> list[list[int]]:
-        """The workers of each node."""
-        return [np.flatnonzero(self.of == node).tolist() for node in np.unique(self.of)]
+    def groups(self, members: Sequence[int]) -> list[list[int]]:
+        """Those of some workers that are on each node."""
+        of, those = self.of[np.asarray(members)], np.asarray(members)
+        return [those[of == node].tolist() for node in np.unique(of)]
 
 
 class Clock:
@@ -82,6 +83,7 @@ class Clock:
         cluster: nx.Graph | None = None,
     ):
         self.now = np.zeros(len(compute_s))
+        self._members = np.arange(len(compute_s))
         self.timeline = timeline
         self._compute_s = np.asarray(compute_s, dtype=float)
         self._variation = variation
@@ -97,7 +99,22 @@ class Clock:
         if cluster is None and len(graphs) == 1 and _has_link_attributes(graphs[0]):
             cluster = graphs[0]
         self._links = _Links(len(self.now), (latency_s, bandwidth), cluster, nodes)
-        self._exchanges = [_Exchange(graph, self._links) for graph in graphs]
+        self._exchanges = [_Exchange(graph, self._links, self._members) for graph in graphs]
+
+    def regroup(self, members: Sequence[int], topology: Topology | None) -> None:
+        """Go on with these of the n workers, over their topology.
+
+        The others' times stand still. Who comes, comes when all the others are where they are now.
+        """
+        new = sorted(set(members) - set(self._members.tolist()))
+        self.now[new] = self.now[self._members].max()
+        if self._groups:
+            groups = consecutive_groups(len(members), len(self._groups))
+            self._groups = [np.asarray(members)[group] for group in groups]
+        self._members = np.asarray(members)
+        self._all_reduces, self._before = {}, None
+        graphs: Sequence[nx.Graph] = topology.graphs if topology else ()
+        self._exchanges = [_Exchange(graph, self._links, self._members) for graph in graphs]
 
     @property
     def time_s(self) -> float:
@@ -126,7 +143,7 @@ class Clock:
         """Seconds from the last worker's arrival to the mean of `size` bytes at everyone."""
         if size not in self._all_reduces:
             self._all_reduces[size] = self._links.all_reduce_s(
-                size * self._on_wire, self._all_reduce
+                size * self._on_wire, self._all_reduce, self._members.tolist()
             )
         return self._all_reduces[size]
 
@@ -134,7 +151,9 @@ class Clock:
         """Let every worker do what `event` says."""
         now = self.now
         if event.kind == "compute":
-            self.now = now + self.compute_s_at(event.step) * event.load
+            takes = np.zeros_like(now)
+            takes[self._members] = self.compute_s_at(event.step)[self._members] * event.load
+            self.now = now + takes
             self._before = now
             self._draw(event, "compute", now, self.now)
             return
@@ -168,7 +187,7 @@ class Clock:
 
     def _averaging(self, event: Event) -> Sequence[np.ndarray]:
         """Who averages with whom: everyone, or the members of each group."""
-        return self._groups if event.kind == "group" else [np.arange(len(self.now))]
+        return self._groups if event.kind == "group" else [self._members]
 
     def _mean_s(self, event: Event, members: np.ndarray) -> float:
         """Seconds of a mean over everyone, or over the members of a group."""
@@ -191,7 +210,7 @@ class Clock:
     ) -> None:
         if self.timeline is None or not self.timeline.covers(event.step):
             return
-        for i in range(len(self.now)):
+        for i in self._members.tolist():
             facts: dict[str, Any] = {}
             if waits_for is not None:
                 facts["waits for worker"] = int(waits_for[i])
@@ -205,7 +224,7 @@ class _Links:
     """The link between any two of n workers, and all-reduces over them."""
 
     def __init__(self, n: int, default: Link, cluster: nx.Graph | None, nodes: Nodes | None):
-        self._n = n
+        self.n = n
         self._default = default
         self._nodes = nodes
         self._graph = cluster
@@ -242,11 +261,11 @@ class _Links:
         cables = [self.cables[edge] for edge in itertools.pairwise(path)]
         return sum(latency for latency, _ in cables), min(bandwidth for _, bandwidth in cables)
 
-    def all_reduce_s(self, size: float, chosen: AllReduce) -> float:
-        """Seconds of an all-reduce of `size` bytes over all n."""
-        groups = self._nodes.groups() if self._nodes else [[i] for i in range(self._n)]
+    def all_reduce_s(self, size: float, chosen: AllReduce, members: list[int]) -> float:
+        """Seconds of an all-reduce of `size` bytes over `members`."""
+        groups = self._nodes.groups(members) if self._nodes else [[i] for i in members]
         if chosen.kind == "tree":
-            return self._tree_s(size, chosen.bandwidth)
+            return self._tree_s(size, chosen.bandwidth, members)
         if chosen.kind == "ring":
             return self.ring_s(size, list(itertools.chain(*groups)), chosen.bandwidth)
         inside = max(self.ring_s(size, group, None) for group in groups)
@@ -263,13 +282,13 @@ class _Links:
         slowest = min(bandwidth for _, bandwidth in hops)
         return 2 * size * (n - 1) / n / slowest + sum(latency_s for latency_s, _ in hops)
 
-    def _tree_s(self, size: float, reached: float | None) -> float:
-        """Up a binomial tree to worker 0, a round at a time, and down again."""
+    def _tree_s(self, size: float, reached: float | None, members: list[int]) -> float:
+        """Up a binomial tree to the first of them, a round at a time, and down again."""
         seconds, stride = 0.0, 1
-        while stride < self._n:
-            senders = range(stride, self._n, 2 * stride)
+        while stride < len(members):
+            senders = range(stride, len(members), 2 * stride)
             for pairs in ([(i, i - stride) for i in senders], [(i - stride, i) for i in senders]):
-                links = [self._hop(i, j, reached) for i, j in pairs]
+                links = [self._hop(members[i], members[j], reached) for i, j in pairs]
                 seconds += max(latency_s + size / bandwidth for latency_s, bandwidth in links)
             stride *= 2
         return seconds
@@ -300,15 +319,15 @@ class _Exchange:
     stays inside a node does not pass it. Cables on the way of several messages are shared by none.
     """
 
-    def __init__(self, graph: nx.Graph, links: _Links):
-        messages = _messages(graph)
-        ends = np.array(messages, dtype=np.int64).reshape(-1, 2)
+    def __init__(self, graph: nx.Graph, links: "_Links", members: np.ndarray):
+        ends = members[np.array(_messages(graph), dtype=np.int64).reshape(-1, 2)]
+        messages = [(int(u), int(v)) for u, v in ends]
         self._senders, self._receivers = ends[:, 0], ends[:, 1]
         edges = np.array([links.direct(u, v) for u, v in messages]).reshape(-1, 2)
         self._latency_s, bandwidth = edges[:, 0], edges[:, 1]
         inside = np.array([links.share_node(u, v) for u, v in messages], dtype=np.int64)
         out, into = 2 * self._senders + inside, 2 * self._receivers + inside
-        cards = 2 * len(graph)
+        cards = 2 * links.n
         card = np.zeros(cards)
         for ends in (out, into):
             np.maximum.at(card, ends, bandwidth)

@@ -44,6 +44,11 @@ class Comm(Protocol):
     bytes_sent: int
     events: list[Event]
 
+    @property
+    def failure(self) -> Exception | None:
+        """Of an exchange, after which this worker is alone."""
+        ...
+
     def mix(self, message: Tensor, step: int, decode: Decode = as_it_is) -> Tensor:
         """sum_j W(step)_ij decode(message_j), a new tensor.
 
@@ -57,6 +62,13 @@ class Comm(Protocol):
 
         `counted=False` for what recording needs and the method does not: it is no traffic of
         the method's, so it stays out of `bytes_sent` and `events`.
+        """
+        ...
+
+    def mean_of_others(self, x: Tensor, new: Tensor) -> Tensor:
+        """The mean of x over the workers that are not `new`, bool [...]; it broadcasts against x.
+
+        Not counted: it is no traffic of the method's.
         """
         ...
 
@@ -103,6 +115,7 @@ class StackedComm:
         self.n = n
         self.bytes_sent = 0
         self.events: list[Event] = []
+        self.failure = None
         self._dtype = accumulation_dtype(dtype)
         self._bags = [_bags(w, self._dtype, device) for w in matrices]
         self._messages = [int(np.count_nonzero(w.tocoo().row != w.tocoo().col)) for w in matrices]
@@ -124,6 +137,9 @@ class StackedComm:
             self.bytes_sent += all_reduce_bytes(nbytes(x[0]), self.n)
             self.events.append(Event("everyone", step, nbytes(x[0])))
         return x.mean(dim=0, keepdim=True)
+
+    def mean_of_others(self, x: Tensor, new: Tensor) -> Tensor:
+        return x[~new].mean(dim=0, keepdim=True)
 
     def least(self, x: Tensor, step: int) -> Tensor:
         self.bytes_sent += all_reduce_bytes(nbytes(x[0]), self.n)
@@ -169,8 +185,11 @@ class StackedComm:
 
 
 def consecutive_groups(n: int, groups: int | None) -> list[np.ndarray]:
-    """Workers 0 .. n-1 in so many blocks of neighbouring numbers, sizes equal or one apart."""
-    return np.array_split(np.arange(n), groups) if groups else []
+    """Workers 0 .. n-1 in so many blocks of neighbouring numbers, sizes equal or one apart.
+
+    A block each where there are fewer workers than that.
+    """
+    return np.array_split(np.arange(n), min(groups, n)) if groups else []
 
 
 def all_reduce_bytes(size: int, n: int) -> int:

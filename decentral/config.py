@@ -174,6 +174,10 @@ class SimConfig(_Section):
 class RayConfig(_Section):
     """`address: null` starts a local cluster for this run; `auto` or an address joins one.
 
+    patience: how many times as long as it was busy itself since its last exchange a worker waits
+    for others before it takes them for lost; see Patience in peer.py. timeout_s: the same before
+    the first exchange, when they may still be loading.
+
     placement: neighbours share a node where they can, or each is where the graph file says if
     that names the cluster's nodes; or ranks as Ray starts the workers.
     """
@@ -183,14 +187,22 @@ class RayConfig(_Section):
     gpus_per_worker: NonNegative = 0.0
     placement: Literal["neighbours", "rank"] = "neighbours"
     timeout_s: Positive = 300.0
+    patience: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 10.0
 
 
 class Config(_Section):
-    """A run. `buffers` are float ones, such as BatchNorm's statistics: see evaluation.py."""
+    """A run.
+
+    `workers: {min: 4, max: 16}`, here `min_workers` and `workers`, takes as many as the cluster has
+    room for. on_worker_failure: see docs/failures.md. `buffers` are float ones, such as BatchNorm's
+    statistics: see evaluation.py.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "run"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     workers: PositiveInt
+    min_workers: PositiveInt | None = None
+    on_worker_failure: Literal["replace", "shrink", "stop"] = "replace"
     steps: PositiveInt
     engine: Literal["sim", "ray"] = "sim"
     task: TaskConfig
@@ -223,12 +235,19 @@ def load(
     """
     raw = dict(source) if isinstance(source, Mapping) else _read(Path(source))
     raw = _without_nulls(override(raw, overrides or {}))
+    _split_workers(raw)
     _find_graphs(raw, Path() if isinstance(source, Mapping) else Path(source).parent)
     _check_keys(raw, Config)
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
         raise validation_error(error) from None
+    if config.min_workers is not None and config.min_workers > config.workers:
+        raise UserError(
+            f"must be at most workers, or workers.max, which is {config.workers}; got"
+            f" {config.min_workers}",
+            "min_workers",
+        )
     return _scale(config) if config.scale_lr is not None else config
 
 
@@ -333,6 +352,19 @@ def _scale(config: Config) -> Config:
     )
     optimizer = Component(name=config.optimizer.name, **options)
     return config.model_copy(update={"optimizer": optimizer, "scale_lr": None})
+
+
+def _split_workers(raw: dict[str, Any]) -> None:
+    """`workers: {min: 4, max: 16}` becomes `min_workers` and `workers`."""
+    workers = raw.get("workers")
+    if not isinstance(workers, dict):
+        return
+    if set(workers) != {"min", "max"}:
+        raise UserError(
+            f"must be a number, or {{min: 4, max: 16}}; got the keys {', '.join(workers)}",
+            "workers",
+        )
+    raw["workers"], raw["min_workers"] = workers["max"], workers["min"]
 
 
 def _find_graphs(raw: dict[str, Any], folder: Path) -> None:

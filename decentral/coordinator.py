@@ -5,11 +5,12 @@ end), collects loss and consensus distance, tells the schedule what came of a gl
 moves the clock, and makes the records.
 """
 
+import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,20 +18,36 @@ from decentral.algorithms.parallel import Parallel
 from decentral.asynchronous import AsynchronousRule
 from decentral.batches import Batches, NormTest
 from decentral.clock import Clock, clock_options, cluster_of, compute_scale
-from decentral.engines import Engine
+from decentral.engines import Engine, Interrupted
+from decentral.errors import WorkerError
 from decentral.event_queue import EventQueue
 from decentral.experiment import Experiment
 from decentral.records import Record
 from decentral.replica import Report, Segment, consensus_distance
 from decentral.timeline import Timeline
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+RETRIES = 10  # recoveries from which not one step was taken
+
 
 class Coordinator:
-    """Runs an experiment on an engine. `step` counts the steps finished."""
+    """Runs an experiment on an engine. `step` counts the steps finished.
 
-    def __init__(self, experiment: Experiment, engine: Engine):
+    It sees to workers that are lost, and that come: `say` is told, line by line, and `failures`
+    lists what was lost, when, and what was done.
+    """
+
+    def __init__(
+        self, experiment: Experiment, engine: Engine, say: Callable[[str], None] = log.info
+    ):
         self._experiment = experiment
         self._engine = engine
+        self._say = say
+        self._retries = 0  # since a step was taken
+        self._new: tuple[int, ...] = ()  # workers that have come, but have no state yet
+        self.failures: list[dict[str, Any]] = []
         self._schedule = experiment.algorithm.schedule
         self._clock = clock_of(experiment, _compute_s(experiment, engine))
         self._queue = _queue(experiment, self._clock)
@@ -49,33 +66,140 @@ class Coordinator:
         The caller may stop between two segments; all workers are then at `step`.
         """
         while self.step < self._experiment.config.steps:
+            self._grow()
             segment = self._next_segment()
-            if self._queue is not None:
-                moments = self._queue.run(segment.start, segment.stop)
-                segment = replace(segment, moments=moments)
-            report = self._engine.run(segment)
-            self.step = segment.stop
-            steps = segment.stop - segment.start
-            self._drawn += steps * self._count
-            self._recorded.add(report.loss, steps)
-            self._averaged.add(report.loss, steps)
-            if self._queue is not None:
-                self._clock.now = np.full_like(self._clock.now, self._queue.time_s)
-            for event in report.events:
-                self._clock.advance(event)
-            if self._queue is not None:
-                self._queue.time_s = self._clock.time_s
+            report = self._run(segment)
             record = self._record(report) if segment.record else None
-            if segment.watch:
+            if segment.watch and report.moved is not None:
                 self._watch(segment.stop - 1, report)
-            if self._norm_test is not None and segment.measure:
-                assert report.variance is not None, "a segment that measures has it"
-                assert report.gradient_square is not None, "and the gradients"
+            if self._norm_test is not None and report.variance is not None:
+                assert report.gradient_square is not None, "measured with the variance"
                 self._norm_test.watch(report.variance, report.gradient_square)
             if segment.global_average:
                 loss = self._averaged.take()
                 self._schedule.observe(segment.stop - 1, loss, report.next_lr)
             yield record
+
+    def _run(self, segment: Segment) -> Report:
+        """Run a segment to its end, whoever is lost on the way: the report of the last part."""
+        deviation, lr = None, 0.0
+        while True:
+            if self._queue is not None:
+                moments = self._queue.run(segment.start, segment.stop)
+                segment = replace(segment, moments=moments)
+            try:
+                report, whole = self._engine.run(segment), True
+            except Interrupted as interruption:
+                report, whole = interruption.report, interruption.whole
+                if report is not None:
+                    self._count_in(segment.start, report)
+                self.recover(interruption)
+            else:
+                self._count_in(segment.start, report)
+            if report is None:
+                continue
+            if deviation is None:
+                deviation = report.deviation
+            if report.stop > segment.start:
+                lr = report.lr
+            if whole:
+                return replace(report, deviation=deviation, lr=lr)
+            segment = replace(segment, start=report.stop, watch=False, measure=False)
+
+    def _count_in(self, start: int, report: Report) -> None:
+        """Take what workers did from step `start` on for done."""
+        self.step = report.stop
+        steps = report.stop - start
+        if steps:
+            self._retries = 0
+        self._drawn += steps * self._count
+        self._recorded.add(report.loss, steps)
+        self._averaged.add(report.loss, steps)
+        if self._queue is not None:
+            self._clock.now = np.full_like(self._clock.now, self._queue.time_s)
+        for event in report.events:
+            self._clock.advance(event)
+        if self._queue is not None:
+            self._queue.time_s = self._clock.time_s
+
+    def steadily(self, act: Callable[[], T]) -> T:
+        """What `act` gives, which asks something of the engine; again, where workers are lost."""
+        while True:
+            try:
+                return act()
+            except Interrupted as interruption:
+                self.recover(interruption)
+
+    def recover(self, interruption: Interrupted) -> None:
+        """Go on without the workers that are lost, until others come, or stop: as the config says.
+
+        Raises WorkerError where the run cannot go on.
+        """
+        policy = self._experiment.config.on_worker_failure
+        asynchronous = isinstance(self._experiment.algorithm.rule, AsynchronousRule)
+        while True:
+            noticed = time.perf_counter()
+            lost, what = interruption.lost, str(interruption)
+            left = [worker for worker in self._engine.members if worker not in lost]
+            if policy == "stop" or asynchronous:
+                raise WorkerError(what)
+            if not any(worker not in self._new for worker in left):
+                raise WorkerError(f"{what}; nobody is left")
+            least = self._experiment.config.min_workers or 1
+            if len(left) < least:
+                raise WorkerError(f"{what}; {len(left)} workers are left, workers.min is {least}")
+            self._retries += 1
+            if self._retries > RETRIES:
+                raise WorkerError(f"{what}; {RETRIES} attempts to go on have failed")
+            try:
+                self._regroup(left, [worker for worker in self._new if worker in left])
+            except Interrupted as again:
+                self._note(lost, what, noticed)
+                interruption = again
+                continue
+            self._note(lost, what, noticed)
+            return
+
+    def _note(self, lost: Mapping[int, str], what: str, noticed: float) -> None:
+        seconds = time.perf_counter() - noticed
+        self.failures.append(
+            {
+                "step": self.step,
+                "lost": sorted(lost),
+                "what": what,
+                "left": len(self._engine.members),
+                "recovery_s": seconds,
+            }
+        )
+        those = f"{len(self._engine.members)} workers go on" if lost else "reconnected"
+        self._say(f"{what}; {those} from step {self.step} after {seconds:.1f} s")
+
+    def _grow(self) -> None:
+        """Take in workers that are up, and start others in the place of lost ones, or more, where
+        the config says so and the cluster has room."""
+        config, members = self._experiment.config, self._engine.members
+        wanted = config.on_worker_failure == "replace" or config.min_workers is not None
+        absent = sorted(set(range(config.workers)) - set(members))
+        if not absent or not wanted:
+            return
+        new = self._engine.ready()
+        if new:
+            try:
+                self._regroup(sorted([*members, *new]), new)
+            except Interrupted as interruption:
+                self.recover(interruption)
+            told = " and ".join(str(worker) for worker in new)
+            self._say(f"worker {told} came at step {self.step}, from the mean of the others")
+        self._engine.prepare(absent[: self._engine.room()])
+
+    def _regroup(self, members: Sequence[int], new: Sequence[int] = ()) -> None:
+        self._new = tuple(new)  # also of a regrouping that is cut short
+        self._engine.regroup(members, new)
+        self._new = ()
+        topology = self._experiment.topology_of(members)
+        self._clock.regroup(members, topology)
+        if self._norm_test is not None and self._norm_test.together > 1:
+            self._norm_test.together = len(members)
 
     def _next_segment(self) -> Segment:
         """From `step` to the nearest step that ends one: all but the last step are alike."""
@@ -110,9 +234,9 @@ class Coordinator:
         return self._experiment.config.gradient.accumulate
 
     def _watch(self, step: int, report: Report) -> None:
-        assert report.moved is not None, "a segment that is watched measures what moved"
+        assert report.moved is not None, "watched"
         assert report.gradient_square is not None, "and the gradients"
-        topology = self._experiment.topology
+        topology = self._experiment.topology_of(self._engine.members)
         assert topology is not None, "what moved, moved over a graph"
         turn = step // self._experiment.algorithm.gossip_period
         distance = np.sqrt(np.mean(report.moved)) * topology.disagreement(turn)
@@ -135,11 +259,12 @@ class Coordinator:
             "bytes_sent": report.bytes_sent,
             "time_s": self._seconds_before + time.perf_counter() - self._started,
             "sim_time_s": self._clock.time_s,
+            "workers": len(self._engine.members),
         }
         if self._norm_test is not None:
             record["batch_size"] = self._count * self._experiment.config.task.batch_size
         if self._evaluates(self.step):
-            record.update(self._engine.evaluate())
+            record.update(self.steadily(self._engine.evaluate))
         return record
 
     @property
@@ -151,6 +276,7 @@ class Coordinator:
         """All that `restore` needs to go on from `step`, as plain numbers and lists."""
         return {
             "step": self.step,
+            "members": list(self._engine.members),
             "schedule": dict(self._schedule.state),
             "clock": self._clock.now.tolist(),
             "batches": self._norm_test.state["batches"] if self._norm_test is not None else None,

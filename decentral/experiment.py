@@ -8,8 +8,8 @@ import copy
 import importlib
 import math
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,7 @@ from decentral.topology import Topology
 
 _METHODS = int.from_bytes(b"methods", "little")  # apart from other uses of the same seed
 _SHARED = int.from_bytes(b"shared", "little")
+TOPOLOGIES = 1_000  # of fewer workers than all, to remember
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -67,6 +68,7 @@ class Experiment:
     make_optimizer: MakeOptimizer
     make_scheduler: MakeScheduler | None
     matchings: Matchings | None = None  # of an asynchronous method
+    _topologies: dict[tuple[int, ...], Topology] = field(default_factory=dict)  # of some workers
 
     @property
     def message_size(self) -> int:
@@ -117,11 +119,48 @@ class Experiment:
             average_buffers=self.config.buffers == "average",
         )
 
-    def sampler(self, workers: list[int]) -> Sampler:
-        """What draws the batches of these workers."""
+    def topology_of(self, members: Sequence[int]) -> Topology | None:
+        """The topology of the workers that are there, sorted: its nodes are these, in order."""
+        if self.topology is None or len(members) == self.config.workers:
+            return self.topology
+        key = tuple(members)
+        if key not in self._topologies:
+            if len(self._topologies) >= TOPOLOGIES:
+                self._topologies.pop(next(iter(self._topologies)))
+            self._topologies[key] = self._reknit(key)
+        return self._topologies[key]
+
+    def _reknit(self, members: tuple[int, ...]) -> Topology:
+        assert self.topology is not None, "topology_of has looked"
+        chosen = self.config.topology
+
+        def remake(n: int) -> Topology:
+            assert chosen is not None, "the topology came from there"
+            return topologies.build(n, chosen.name, None, chosen.weights, **chosen.options)
+
+        named = chosen is not None and chosen.name is not None
+        topology = topologies.reknit(self.topology, members, remake if named else None)
+        if self.algorithm.needs_topology:
+            name = self.config.algorithm.name
+            _check_mixing(topology, self.algorithm.rule.requires, name)
+        return topology
+
+    def sampler(self, workers: list[int], members: Sequence[int] | None = None) -> Sampler:
+        """What draws the batches of these workers, where only `members` are there.
+
+        The data of those that are not there are read by those that are: the shards of absent
+        workers, by number, go around the present ones, by number.
+        """
         task = self.config.task
+        shards: Sequence[Tensor] | dict[int, Tensor] = self.shards
+        if members is not None and len(members) < len(shards):
+            absent = sorted(set(range(len(shards))) - set(members))
+            own = {worker: [self.shards[worker]] for worker in members}
+            for place, worker in enumerate(absent):
+                own[members[place % len(members)]].append(self.shards[worker])
+            shards = {worker: torch.cat(parts) for worker, parts in own.items()}
         return Sampler(
-            shards=self.shards,
+            shards=shards,
             workers=workers,
             batch_size=task.batch_size,
             seed=self.config.seed,

@@ -111,8 +111,8 @@ class FlatModel:
 class ModuleGradient:
     """One worker. The module is trained in place: its parameters and buffers become views.
 
-    `batches` may be set anew between two steps. Where `measures` is set, a call leaves in
-    `variance`, [], the variance of its batches' gradients; it must have two at least.
+    `batches` and `sampler` may be set anew between two steps. Where `measures` is set, a call
+    leaves in `variance`, [], the variance of its batches' gradients; it must have two at least.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class ModuleGradient:
         accumulate: int = 1,
         autocast: str | None = None,
     ):
-        self._model, self._task, self._sampler = model, task, sampler
+        self._model, self._task, self.sampler = model, task, sampler
         self._clip_norm, self._autocast = clip_norm, autocast
         self.batches, self.measures = Batches(accumulate), False
         self.variance: Tensor | None = None
@@ -165,9 +165,9 @@ class ModuleGradient:
             return torch.stack([self._loss(micro) for micro in self.batches.of(step)]).mean(0)
 
     def _loss(self, micro: int) -> Tensor:
-        batch = self._model.cast(fetch(self._task.train, self._sampler.indices(micro)))
+        batch = self._model.cast(fetch(self._task.train, self.sampler.indices(micro)))
         *inputs, target = (tensor[0] for tensor in batch)
-        seed_generators(self._sampler.seed(micro), self._model.device)
+        seed_generators(self.sampler.seed(micro), self._model.device)
         with lower_precision(self._autocast, self._model.device):
             return self._task.loss(self._model.module(*inputs), target)
 
@@ -192,7 +192,7 @@ class StackedGradient:
         accumulate: int = 1,
         autocast: str | None = None,
     ):
-        self._model, self._task, self._sampler = model, task, sampler
+        self._model, self._task, self.sampler = model, task, sampler
         self._clip_norm, self._autocast = clip_norm, autocast
         self.batches, self.measures = Batches(accumulate), False
         self.variance: Tensor | None = None
@@ -253,7 +253,7 @@ class StackedGradient:
         """
         batch = self._batch(micro, rows)
         first = micro if isinstance(micro, int) else max(micro)
-        seed_generators(self._sampler.seed(first), self._model.device)
+        seed_generators(self.sampler.seed(first), self._model.device)
         losses = []
         for start in range(0, len(batch[0]), self._chunk):
             taken = slice(start, start + self._chunk)  # of the batch
@@ -283,10 +283,10 @@ class StackedGradient:
     ) -> tuple[Tensor, ...]:
         if rows is None:
             assert isinstance(micro, int)
-            indices = self._sampler.indices(micro)
+            indices = self.sampler.indices(micro)
         else:
             assert not isinstance(micro, int)
-            drawn = {m: self._sampler.indices(m) for m in sorted(set(micro))}
+            drawn = {m: self.sampler.indices(m) for m in sorted(set(micro))}
             indices = torch.stack([drawn[m][row] for m, row in zip(micro, rows, strict=True)])
         return self._model.cast(fetch(self._task.train, indices))
 

@@ -1,6 +1,8 @@
 """One worker's door to the network, over torch.distributed: the other side of comm.py."""
 
+import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -32,8 +34,47 @@ class PeerError(StepError):
         return PeerError, (self.rank, self.step, self.peer, self.reason)
 
 
+class Patience:
+    """How long a worker waits for others before it takes them for lost.
+
+    `factor` times as long as it was itself busy since its last exchange, or its longest exchange
+    so far took, whichever is more, and never less than FLOOR_S: so a long local phase is no death.
+    Before the first exchange, when others may still be loading, `first_s`.
+    """
+
+    FLOOR_S = 10.0
+
+    def __init__(self, factor: float, first_s: float):
+        self._factor, self._first_s = factor, first_s
+        self._longest_s: float | None = None
+        self._free = time.perf_counter()  # when the last exchange, or this segment, began
+
+    def begin(self) -> None:
+        """A segment begins: what came before it was no work."""
+        self._free = time.perf_counter()
+
+    def deadline(self) -> timedelta:
+        """For an exchange that begins now."""
+        now = time.perf_counter()
+        busy_s, self._free = now - self._free, now
+        if self._longest_s is None:
+            return timedelta(seconds=self._first_s)
+        longest_s = max(busy_s, self._longest_s)
+        return timedelta(seconds=max(self.FLOOR_S, self._factor * longest_s))
+
+    def over(self) -> None:
+        """The exchange is over, and went well."""
+        now = time.perf_counter()
+        self._longest_s = max(self._longest_s or 0.0, now - self._free)
+        self._free = now
+
+
 class PeerComm:
     """One worker of n; neighbours exchange whole buffers point to point.
+
+    An exchange that fails raises PeerError; where `carries_on`, it does not: `failure` says why,
+    and from then on the worker is alone. W is I and every mean its own value, so that a step which
+    has begun ends as one without averaging.
 
     A gloo connection between two ranks is half-duplex in practice, so two groups carry the
     messages: the first of `groups` those to a higher rank, the second those to a lower one. NCCL
@@ -49,10 +90,14 @@ class PeerComm:
         ways: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
         own_group: dist.ProcessGroup | None = None,
         turn_steps: int = 1,
+        patience: Patience | None = None,
     ):
         self.rank = dist.get_rank()
         self.n = dist.get_world_size()
         self.bytes_sent = 0
+        self.carries_on = False
+        self.failure: PeerError | None = None
+        self.patience = patience or Patience(10.0, 300.0)
         self.events: list[Event] = []
         self._up, self._down = ways or (None, None)
         self._own_group = own_group
@@ -68,7 +113,8 @@ class PeerComm:
         if self._host:
             message = message.cpu()
         received = {peer: self._buffer(peer, message) for peer in heard}
-        self._exchange(dict.fromkeys(hearers, message), received, step)
+        if not self._exchange(dict.fromkeys(hearers, message), received, step):
+            return own.to(accumulation_dtype(own.dtype), copy=True)
         self.bytes_sent += len(hearers) * nbytes(message)
         self.events.append(Event("neighbours", step, nbytes(message)))
         mixed = own.to(accumulation_dtype(own.dtype)) * own_weight
@@ -77,26 +123,35 @@ class PeerComm:
         return mixed
 
     def mean(self, x: Tensor, step: int, counted: bool = True) -> Tensor:
-        return self._all_reduce(x, step, counted=counted).div_(self.n).to(x)
+        total = self._all_reduce(x, step, counted=counted)
+        return x.clone() if total is None else total.div_(self.n).to(x)
+
+    def mean_of_others(self, x: Tensor, new: Tensor) -> Tensor:
+        among = torch.cat([torch.zeros_like(x) if new else x, (~new).reshape(1).to(x)])
+        total = self._all_reduce(among, 0, counted=False)
+        return x.clone() if total is None else (total[:-1] / total[-1]).to(x)
 
     def least(self, x: Tensor, step: int) -> Tensor:
-        return self._all_reduce(x, step, dist.ReduceOp.MIN).to(x)
+        least = self._all_reduce(x, step, dist.ReduceOp.MIN)
+        return x.clone() if least is None else least.to(x)
 
     def mean_of_group(self, x: Tensor, step: int) -> Tensor:
         group = self._own_group
         assert group is not None, "the method has groups"
-        return self._all_reduce(x, step, group=group).div_(group.size()).to(x)
+        total = self._all_reduce(x, step, group=group)
+        return x.clone() if total is None else total.div_(group.size()).to(x)
 
     def difference(self, x: Tensor, peer: int, step: int) -> Tensor:
         """What two workers that meet see: the x [D] of `peer` minus one's own."""
         self.bytes_sent += nbytes(x)
-        return self.trade(x, peer, step) - x
+        return self.trade(x, peer, step) - x  # 0 from a peer that is lost
 
     def trade(self, x: Tensor, peer: int, step: int) -> Tensor:
         """What `peer` sends while x goes to it, like x; not counted, and good until the next."""
         own = x.to("cpu" if self._host else x.device)
         theirs = self._buffer(peer, own)
-        self._exchange({peer: own}, {peer: theirs}, step)
+        if not self._exchange({peer: own}, {peer: theirs}, step):
+            return x
         return theirs.to(x.device)
 
     def spread(self, x: Tensor) -> Tensor:
@@ -112,7 +167,8 @@ class PeerComm:
         out, into = (
             dict(zip(self._neighbours, rows, strict=True)) for rows in (messages, received)
         )
-        self._exchange(out, into, step)
+        if not self._exchange(out, into, step):
+            return messages.to(device)
         self.bytes_sent += nbytes(messages)
         self.events.append(Event("neighbours", step, nbytes(messages[:1])))
         return received.to(device)
@@ -128,13 +184,27 @@ class PeerComm:
         operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
         group: dist.ProcessGroup | None = None,
         counted: bool = True,
-    ) -> Tensor:
-        """The sum or least of x over the group, or all, in the dtype that sums are taken in."""
+    ) -> Tensor | None:
+        """The sum or least of x over the group, or all, in the dtype that sums are taken in.
+
+        None if it failed, or was not tried after an earlier failure.
+        """
+        if self.failure is not None:
+            return None
         total = x.to("cpu" if self._host else x.device, accumulation_dtype(x.dtype), copy=True)
+        # The deadline goes with the operation: one that is only waited for less long than it
+        # runs would keep the group from closing.
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp(operation)
+        options.timeout = self.patience.deadline()
         try:
-            dist.all_reduce(total, operation, group)
+            everyone = group or dist.group.WORLD
+            assert everyone is not None, "the worker has joined"
+            everyone.allreduce([total], options).wait()
         except RuntimeError as error:
-            raise PeerError(self.rank, step, None, str(error)) from error
+            self._fail(PeerError(self.rank, step, None, str(error)), error)
+            return None
+        self.patience.over()
         if counted:
             size, rank = (self.n, self.rank) if group is None else (group.size(), group.rank())
             # This worker's share, so that the shares of all add up to the whole exactly.
@@ -143,8 +213,14 @@ class PeerComm:
             self.events.append(Event("everyone" if group is None else "group", step, nbytes(x)))
         return total
 
-    def _exchange(self, out: Mapping[int, Tensor], into: Mapping[int, Tensor], step: int) -> None:
-        """Send and receive at once, a message for, or from, each peer."""
+    def _exchange(self, out: Mapping[int, Tensor], into: Mapping[int, Tensor], step: int) -> bool:
+        """Send and receive at once, a message for, or from, each peer.
+
+        False if that failed, or was not tried after an earlier failure.
+        """
+        if self.failure is not None:
+            return False
+        deadline = self.patience.deadline()
         # Receives first: a message that finds its buffer waiting needs no copy.
         operations = [
             dist.P2POp(dist.irecv, buffer, peer, self._from(peer)) for peer, buffer in into.items()
@@ -153,17 +229,29 @@ class PeerComm:
         try:
             if not self._host:
                 for work in dist.batch_isend_irecv(operations) if operations else []:
-                    work.wait()
-                return
-            works = []
-            for operation in operations:
-                peer = operation.peer
-                works.append(operation.op(operation.tensor, peer, operation.group))
-            for operation, work in zip(operations, works, strict=True):
-                peer = operation.peer
-                work.wait()
+                    work.wait(deadline)
+            else:
+                works = []
+                for operation in operations:
+                    peer = operation.peer
+                    works.append(operation.op(operation.tensor, peer, operation.group))
+                for operation, work in zip(operations, works, strict=True):
+                    peer = operation.peer
+                    work.wait(deadline)
         except RuntimeError as error:
-            raise PeerError(self.rank, step, peer, str(error)) from error
+            self._fail(PeerError(self.rank, step, peer, str(error)), error)
+            return False
+        self.patience.over()
+        return True
+
+    def let_go(self) -> None:
+        """Drop the process groups, whose connections close only once nobody holds them."""
+        self._up = self._down = self._own_group = None
+
+    def _fail(self, failure: PeerError, cause: Exception) -> None:
+        self.failure = failure
+        if not self.carries_on:
+            raise failure from cause
 
     def _to(self, peer: int) -> dist.ProcessGroup | None:
         return self._up if peer > self.rank else self._down
@@ -178,19 +266,23 @@ class PeerComm:
         return self._received[kind]
 
 
-def two_ways() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+def two_ways(
+    timeout: timedelta | None = None,
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     """A group for messages to higher ranks and one for those to lower; all ranks must call it."""
-    up, down = dist.new_group(), dist.new_group()
+    up, down = dist.new_group(timeout=timeout), dist.new_group(timeout=timeout)
     assert isinstance(up, dist.ProcessGroup)
     assert isinstance(down, dist.ProcessGroup)
     return up, down
 
 
-def own_group(groups: Sequence[np.ndarray]) -> dist.ProcessGroup | None:
+def own_group(
+    groups: Sequence[np.ndarray], timeout: timedelta | None = None
+) -> dist.ProcessGroup | None:
     """Open a process group for each group of workers; this worker's. All ranks must call it."""
     own = None
     for members in groups:
-        group = dist.new_group(members.tolist())
+        group = dist.new_group(members.tolist(), timeout=timeout)
         if dist.get_rank() in members:
             own = group
     assert own is None or isinstance(own, dist.ProcessGroup)

@@ -115,7 +115,11 @@ class Moment(NamedTuple):
 @dataclass(frozen=True)
 class Segment:
     """Steps start .. stop-1; the last may average globally, record, be watched for its schedule,
-    and have its gradient's noise measured."""
+    and have its gradient's noise measured.
+
+    One without steps is what is left of a last step that workers' deaths cut short: the record
+    and the global average.
+    """
 
     start: int
     stop: int
@@ -133,6 +137,7 @@ class Segment:
 class Report:
     """What a segment gave, per worker: arrays of length n, or 1 from a worker of a cluster."""
 
+    stop: int  # steps finished: fewer than asked for where an exchange failed
     loss: np.ndarray  # sum over the steps of the segment
     deviation: np.ndarray | None  # ||x_i - xbar||^2 before the last averaging, if recorded
     bytes_sent: int  # by these workers, since the start
@@ -316,7 +321,9 @@ class Replica:
         self._load = segment.load
         if segment.batches is not None:
             self._gradient.batches = segment.batches
-        lr = 0.0
+        lr = self.lr
+        alone = self.comm.failure is not None
+        stop = segment.start
         with torch.no_grad():
             for self.step in range(segment.start, segment.stop):
                 last = self.step == segment.stop - 1
@@ -328,10 +335,16 @@ class Replica:
                     self._gradient.measures = last
                 lr = self.lr
                 self._rule.step(self)
+                stop = self.step + 1
                 if self.scheduler is not None:
                     self.scheduler.step()
+                if self.comm.failure is not None and not alone:
+                    break
+            if segment.start == segment.stop:
+                self._make_up(segment)
         events, self.comm.events = self.comm.events, []
         return Report(
+            stop=stop,
             loss=self._loss.cpu().numpy().reshape(-1).copy(),
             deviation=array(self._deviation),
             moved=array(self._moved),
@@ -342,6 +355,57 @@ class Replica:
             lr=lr,
             next_lr=self.lr,
         )
+
+    def _make_up(self, segment: Segment) -> None:
+        """The record and the global average of a step whose averaging was cut short.
+
+        Some workers may have had it, so what follows from it is averaged as well.
+        """
+        self._recording = segment.record
+        self.record(self.x)
+        if segment.global_average:
+            for memory in (self.x, self.shared_buffers, *self.state.values()):
+                self.mean_(memory)
+
+    def regroup(self, comm: Comm, new: Tensor | None) -> None:
+        """Go on over `comm`, among other workers than before; `new`, bool [...], have just come.
+
+        They take the mean of the others: of the model, and of what optimizer and rule remember;
+        `new` is None where nobody came. Where all workers have one model, all take it, for a
+        failure may have moved some apart. A rule whose memory holds for one set of workers alone
+        starts anew.
+        """
+        comm.bytes_sent, self.comm = self.comm.bytes_sent, comm
+        if getattr(self._rule, "starts_anew", False):
+            self.state.clear()
+        one_model = getattr(self._rule, "one_model", False)
+        if new is None and not one_model:
+            return
+        if new is None:
+            new = torch.zeros(self.x.shape[:-1], dtype=torch.bool, device=self.x.device)
+        takes = (new | one_model).unsqueeze(-1)
+        for memory in self._memory():
+            memory.copy_(torch.where(takes, comm.mean_of_others(memory, new), memory))
+
+    def _memory(self) -> list[Tensor]:
+        """All that is each worker's own and has a mean: [..., *]."""
+        remembered = self.optimizer.state.get(self.x, {}).values()
+        tensors = [self.x, self.buffers, *self.state.values(), *remembered]
+        return [
+            t
+            for t in tensors
+            if isinstance(t, Tensor)
+            and t.dim() == self.x.dim()
+            and t.is_floating_point()
+            and t.numel()
+        ]
+
+    def blank(self) -> dict[str, Any]:
+        """A state for a worker that comes to these, before it takes their mean: see `regroup`.
+
+        Its tensors of more than one element are on the device meta: shape and dtype alone.
+        """
+        return _mapped(self.state_dict(), lambda t: t.to("meta") if t.dim() else t)
 
     def _averaging(self, segment: Segment, last: bool) -> Averaging:
         """With whom to average at the present step."""
@@ -377,6 +441,25 @@ class Replica:
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.comm.bytes_sent = state["bytes_sent"]
+
+
+def filled(blank: dict[str, Any]) -> dict[str, Any]:
+    """A `blank` state with zeros for what was not sent along."""
+    return _mapped(blank, lambda t: torch.zeros_like(t, device="cpu") if t.is_meta else t)
+
+
+def rows_of(state: dict[str, Any], rows: Tensor, n: int) -> dict[str, Any]:
+    """The state of some of n stacked workers, int64 [m]: rows of all that is each worker's own."""
+    return _mapped(state, lambda t: t[rows] if t.dim() and len(t) == n else t)
+
+
+def _mapped(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same structure, with every tensor changed."""
+    if isinstance(state, Tensor):
+        return change(state)
+    if isinstance(state, dict):
+        return {key: _mapped(value, change) for key, value in state.items()}
+    return [_mapped(value, change) for value in state] if isinstance(state, list) else state
 
 
 def consensus_distance(deviation: np.ndarray) -> float:

@@ -483,7 +483,9 @@ def test_nodes_come_from_the_config_or_from_the_graph_file(tmp_path):
     def groups(**changes):
         experiment = build(load(config, changes))
         algorithm = experiment.algorithm
-        return clock_options(experiment.config, experiment.topology, algorithm)["nodes"].groups()
+        return clock_options(experiment.config, experiment.topology, algorithm)["nodes"].groups(
+            range(experiment.config.workers)
+        )
 
     assert groups() == [[1], [0, 2]]
     assert groups(**{"network.nodes.workers_per_node": 2}) == [[0, 1], [2]]

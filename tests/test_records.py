@@ -27,6 +27,7 @@ RECORD = [
     "bytes_sent",
     "time_s",
     "sim_time_s",
+    "workers",
 ]
 SUMMARY = [
     "name",

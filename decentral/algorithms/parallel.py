@@ -18,6 +18,7 @@ class Parallel:
     source = "DistributedDataParallel: Li et al. 2020, arXiv 2006.15704"
     sends = "all-reduce of D"
     requires = None
+    one_model = True
 
     def step(self, replica: Replica) -> None:
         gradient = replica.gradient()

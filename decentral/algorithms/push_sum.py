@@ -23,6 +23,7 @@ class PushSum:
     source = "Assran et al. 2019, arXiv 1811.10792"
     sends = "D + 1 to each neighbour"
     requires = "column-stochastic"
+    starts_anew = True
 
     def step(self, replica: Replica) -> None:
         z = replica.x

@@ -34,6 +34,7 @@ class ZerothOrder:
     source = "Nesterov and Spokoiny 2017; over many workers: Shu et al. 2023, arXiv 2308.04077"
     sends = "all-reduce of R"
     requires = None
+    one_model = True
 
     def __init__(self, directions: int, mu: float):
         self.directions = directions

@@ -3,6 +3,7 @@
 An engine runs segments and evaluates; what to run, and what to make of it, is the coordinator's.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -12,18 +13,67 @@ from torch import Tensor
 from decentral.replica import Report, Segment
 
 
+class Interrupted(Exception):
+    """Workers were lost, or lost each other, while an engine's method was under way.
+
+    lost: of each worker that is gone, by number, what became of it and at which step. what: the
+    same in a line, or, where nobody is gone, who failed to hear from whom. The others exchange
+    nothing before a `regroup`. report: of a segment, what those that are left did; they are all at
+    its `stop`. whole: that was all there was to do.
+    """
+
+    def __init__(
+        self,
+        lost: Mapping[int, str],
+        what: str,
+        report: Report | None = None,
+        whole: bool = False,
+    ):
+        super().__init__(what)
+        self.lost = lost
+        self.report = report
+        self.whole = whole
+
+
 class Engine(Protocol):
-    """Holds n workers from the start of a run to `close`. Reports hold arrays over workers."""
+    """Holds the workers of a run from its start to `close`. Reports hold arrays over `members`.
+
+    Methods that need all workers raise Interrupted where some are lost meanwhile, and WorkerError,
+    naming worker and step, where one fails by an error of its own. After Interrupted, `regroup`
+    comes first, and then what was cut short may be asked for again.
+    """
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The workers that are there, by number, sorted."""
+        ...
 
     def step_seconds(self) -> np.ndarray:
         """Measured seconds of a local step of each worker, [n]; moves nothing on."""
         ...
 
     def run(self, segment: Segment) -> Report:
-        """Run a segment on all workers and wait for it.
+        """Run a segment on all workers and wait for it."""
+        ...
 
-        Raises WorkerError, naming worker and step, if one fails or dies.
+    def regroup(self, members: Sequence[int], new: Sequence[int] = ()) -> None:
+        """Go on with `members`, sorted, over their topology.
+
+        Who was there and is not among them leaves. `new`, among them, start from the mean of the
+        others, also a worker that was there: it lost its state. At least one is not new.
         """
+        ...
+
+    def room(self) -> int:
+        """How many workers more there is room for, as far as that was looked for just now."""
+        ...
+
+    def prepare(self, workers: Sequence[int]) -> None:
+        """Begin to start workers, for a `regroup` to come, and return at once."""
+        ...
+
+    def ready(self) -> list[int]:
+        """The workers that were prepared and are up by now, sorted."""
         ...
 
     def evaluate(self) -> dict[str, float]:

@@ -8,7 +8,9 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,17 +21,19 @@ from torch import Tensor
 
 from decentral import placement
 from decentral.config import Config, RayConfig
-from decentral.engines.worker import Surroundings, Worker
+from decentral.engines import Interrupted
+from decentral.engines.worker import Group, Surroundings, Worker
 from decentral.errors import StepError, UserError, WorkerError
 from decentral.experiment import Experiment
 from decentral.peer import PeerError
-from decentral.replica import Report, Segment
+from decentral.replica import Averaging, Report, Segment
 from decentral.topology import Topology
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-GRACE_S = 5.0  # after a first failure, to hear from the other workers which one was the cause
+OVERDUE_S = 30.0  # that a worker has at least to answer after another one has
+CHECK_S = 2.0  # how often to look whether the cluster has room for more workers
 
 
 class RayEngine:
@@ -45,175 +49,359 @@ class RayEngine:
         actors: Sequence[Any] = (),
     ):
         self._experiment = experiment
-        self._actors = list(actors)
+        self._actors: dict[int, Any] = {}  # by worker
+        self._starting: dict[int, tuple[Any, Any]] = {}  # actors to come, and their `take`
+        self._looked = -math.inf  # when there was room to be looked for
         self._owns_actors = not actors
-        self._nodes: list[tuple[str, int]] = []  # address and process id, by rank
+        self._blank: set[int] = set()  # workers without a state yet
+        self._nodes: dict[int, tuple[str, int]] = {}  # address and process id
+        self._bytes: dict[int, int] = {}  # that each worker has sent; -1: those that are gone
+        self._settled = False  # whether a segment has come back whole since workers came
         config = experiment.config
         self._owns_cluster = _connect(config.ray, config.workers)
         try:
             if self._owns_actors:
-                _check_resources(config.ray, config.workers)
-                self._actors = start_actors(config.ray, config.workers)
-            self._build(say)
+                fitting = _fitting(config)
+                actors = start_actors(config.ray, fitting)
+            self._build(list(actors), say)
+        except Interrupted as interruption:
+            self.close()
+            raise WorkerError(f"{interruption} before the first step") from None
         except BaseException:
             self.close()
             raise
 
+    @property
+    def members(self) -> tuple[int, ...]:
+        return tuple(sorted(self._actors))
+
     def step_seconds(self) -> np.ndarray:
-        return np.array(self._all("step_seconds"))
+        seconds = self._all("step_seconds")
+        mean = float(np.mean(list(seconds.values())))  # for workers that are yet to come
+        return np.array([seconds.get(i, mean) for i in range(self._experiment.config.workers)])
 
     def run(self, segment: Segment) -> Report:
-        reports: list[Report] = self._all("run", segment, segment=segment)
-        return Report(
-            loss=np.concatenate([r.loss for r in reports]),
-            deviation=_joined([r.deviation for r in reports]),
-            moved=_joined([r.moved for r in reports]),
-            gradient_square=_joined([r.gradient_square for r in reports]),
-            variance=_joined([r.variance for r in reports]),
-            bytes_sent=sum(r.bytes_sent for r in reports),
-            events=reports[0].events,
-            lr=reports[0].lr,
-            next_lr=reports[0].next_lr,
+        calls = {worker: actor.run.remote(segment) for worker, actor in self._actors.items()}
+        outcomes, lost, failures = self._settle(calls, segment)
+        failures += [o.failure for o in outcomes.values() if o.failure is not None]
+        reports = {worker: outcome.report for worker, outcome in outcomes.items()}
+        if not lost and not failures:
+            self._settled = True
+            return self._joined(reports)
+        what = self._told(lost, failures, segment)
+        if failures:
+            sound = [o.report.deviation for o in outcomes.values() if o.failure is None]
+            reports = self._caught_up(reports, segment, lost)
+            if reports:
+                joined = self._joined(reports)
+                report = replace(
+                    joined,
+                    deviation=_concatenated(sound),
+                    moved=None,
+                    gradient_square=None,
+                    variance=None,
+                )
+                raise Interrupted(lost, what, report)
+        joined = self._joined(reports) if reports else None
+        raise Interrupted(lost, what, joined, whole=not failures)
+
+    def _caught_up(
+        self, reports: dict[int, Report], segment: Segment, lost: dict[int, str]
+    ) -> dict[int, Report]:
+        """The reports of those that are left, once who was cut off earlier than others has gone
+        on, alone, to where they are."""
+        stop = max((report.stop for report in reports.values()), default=segment.start)
+        alone = replace(
+            segment,
+            stop=stop,
+            between=Averaging.NOBODY,
+            global_average=False,
+            record=False,
+            watch=False,
+            measure=False,
         )
+        behind = {
+            worker: self._actors[worker].run.remote(replace(alone, start=report.stop))
+            for worker, report in reports.items()
+            if report.stop < stop
+        }
+        outcomes, more, _ = self._settle(behind, alone)
+        lost |= more
+        for worker, (report, _) in outcomes.items():
+            loss = reports[worker].loss + report.loss
+            reports[worker] = replace(report, loss=loss)
+        return {worker: report for worker, report in reports.items() if worker not in lost}
+
+    def regroup(self, members: Sequence[int], new: Sequence[int] = ()) -> None:
+        for worker in list(self._actors):
+            # One that came in a regrouping which was cut short is as new as before.
+            if worker not in members or (worker in new and worker not in self._blank):
+                self._drop(worker)
+        self._settled = False
+        coming = [worker for worker in new if worker not in self._actors]
+        self.prepare(coming)
+        for worker in coming:
+            actor, taken = self._starting[worker]
+            done, _ = ray.wait([taken], timeout=self._experiment.config.ray.timeout_s)
+            if not done:
+                raise WorkerError(f"the cluster has no room for worker {worker}; add nodes")
+            del self._starting[worker]
+            self._actors[worker] = actor
+            self._blank.add(worker)
+            self._get(worker, taken)
+            self._nodes[worker] = self._get(worker, actor.node.remote())
+        old = next(worker for worker in members if worker not in new)
+        blank = self._actors[old].blank.remote() if new else None
+        self._connect_all(Group(tuple(members), None, again=True, new=tuple(new)), blank)
+        self._blank.clear()
+
+    def prepare(self, workers: Sequence[int]) -> None:
+        shared = None
+        for worker in workers:
+            if worker not in self._starting:
+                (actor,) = start_actors(self._experiment.config.ray, 1)
+                shared = shared or self._shared()
+                self._starting[worker] = actor, actor.take.remote(worker, shared)
+
+    def ready(self) -> list[int]:
+        calls = {taken: worker for worker, (_, taken) in self._starting.items()}
+        if not calls:
+            return []
+        done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=0)
+        there = []
+        for call in done:
+            try:
+                ray.get(call)
+                there.append(calls[call])
+            except (RayActorError, RayTaskError) as error:
+                log.warning("worker %d did not start: %s", calls[call], error)
+                ray.kill(self._starting.pop(calls[call])[0])
+        return sorted(there)
+
+    def room(self) -> int:
+        now = time.monotonic()
+        if now - self._looked < CHECK_S:
+            return 0
+        self._looked = now
+        return _holds(self._experiment.config.ray, ray.available_resources())
 
     def evaluate(self) -> dict[str, float]:
-        values: list[dict[str, float]] = self._all("evaluate")
-        result = values[0]
+        values: dict[int, dict[str, float]] = self._all("evaluate")
+        result = values[self.members[0]]
         if "eval_accuracy_workers" in result:
             result["eval_accuracy_workers"] = float(
-                np.mean([v["eval_accuracy_workers"] for v in values])
+                np.mean([v["eval_accuracy_workers"] for v in values.values()])
             )
         return result
 
     def average_model(self) -> dict[str, Tensor]:
-        return self._all("average_model")[0]
+        return self._all("average_model")[self.members[0]]
 
     def save(self, folder: Path) -> None:
-        self._each([actor.save.remote(folder) for actor in self._actors])
+        self._all("save", folder)
 
     def load(self, folder: Path) -> None:
-        self._each([actor.load.remote(folder) for actor in self._actors])
+        self._all("load", folder)
 
     def ask(self, function: Callable[..., T], *arguments: Any) -> list[T]:
-        """`function(worker, *arguments)` of each worker, by rank; all run it at the same time."""
-        return self._all("ask", function, *arguments)
+        """`function(worker, *arguments)` of each worker, in their order, all at the same time."""
+        answers = self._all("ask", function, *arguments)
+        return [answers[worker] for worker in self.members]
 
     @property
     def addresses(self) -> list[str]:
-        """The node of each worker, by rank."""
-        return [address for address, _ in self._nodes]
+        """The node of each worker, in their order."""
+        return [self._nodes[worker][0] for worker in self.members]
 
     def close(self) -> None:
+        starting = [actor for actor, _ in self._starting.values()]
         if self._owns_actors:
-            for actor in self._actors:
+            for actor in [*self._actors.values(), *starting]:
                 ray.kill(actor)
-        self._actors = []
+        self._actors, self._starting = {}, {}
         if self._owns_cluster:
             self._owns_cluster = False
             ray.shutdown()
 
-    def _build(self, say: Callable[[str], None]) -> None:
-        config = self._experiment.config
+    def _build(self, actors: list[Any], say: Callable[[str], None]) -> None:
+        experiment = self._experiment
+        self._actors = dict(enumerate(actors))
         self._place(self._all("node"))
-        # The clock is the driver's, and the cluster's file may lie on its node alone.
-        theirs = config.model_copy(
-            update={"network": config.network.model_copy(update={"file": None})}
-        )
-        shared = ray.put((theirs, self._experiment.topology, Surroundings.here()))
-        self._each([actor.take.remote(rank, shared) for rank, actor in enumerate(self._actors)])
+        shared = self._shared()
+        self._each({w: a.take.remote(w, shared) for w, a in self._actors.items()})
         addresses = self.addresses
         count = len(set(addresses))
         nodes = "1 node" if count == 1 else f"{count} nodes"
-        line = f"{config.workers} workers on {nodes} of the Ray cluster"
-        topology = self._experiment.topology
-        if count > 1 and topology is not None and self._experiment.algorithm.needs_topology:
+        line = f"{len(self._actors)} workers on {nodes} of the Ray cluster"
+        topology = experiment.topology_of(self.members)
+        if count > 1 and topology is not None and experiment.algorithm.needs_topology:
             line += f"; {placement.crossing(topology, addresses)}"
         say(line)
-        port = self._get(self._actors[0].listen.remote(addresses[0]))
+        self._connect_all(Group(self.members, None))
+
+    def _shared(self) -> Any:
+        """What every worker is built from, in Ray's object store."""
+        config = self._experiment.config
+        # The clock is the driver's, and the cluster's file may lie on its node alone.
+        network = config.network.model_copy(update={"file": None})
+        theirs = config.model_copy(update={"network": network})
+        return ray.put((theirs, self._experiment.topology, Surroundings.here()))
+
+    def _connect_all(self, group: Group, blank: Any = None) -> None:
+        """Open the process groups of the workers, and let those that are new take the mean."""
+        group = group._replace(topology=self._experiment.topology_of(group.members))
+        first = group.members[0]
+        address = self._nodes[first][0]
+        port = self._get(first, self._actors[first].listen.remote(address))
+        shared = ray.put(group)
         self._each(
-            [
-                actor.connect.remote(addresses[0], port, address)
-                for actor, address in zip(self._actors, addresses, strict=True)
-            ]
+            {
+                worker: self._actors[worker].connect.remote(
+                    address,
+                    port,
+                    self._nodes[worker][0],
+                    shared,
+                    blank if worker in group.new else None,
+                )
+                for worker in group.members
+            }
         )
 
-    def _place(self, nodes: list[tuple[str, int]]) -> None:
-        """Give the ranks to the actors, which are on `nodes`: as the graph file says, or else so
-        that neighbours share one."""
-        config, topology = self._experiment.config, self._experiment.topology
-        addresses = [address for address, _ in nodes]
-        ranks = list(range(config.workers))
+    def _place(self, nodes: dict[int, tuple[str, int]]) -> None:
+        """Give the workers' numbers to the actors, which are on `nodes`: as the graph file says,
+        or else so that neighbours share one."""
+        config = self._experiment.config
+        topology = self._experiment.topology_of(self.members)
+        addresses = [nodes[actor][0] for actor in range(len(nodes))]
+        ranks = list(range(len(nodes)))
         if config.ray.placement == "neighbours" and len(set(addresses)) > 1:
             stated = placement.stated(topology, addresses)
             if stated is not None:
                 ranks = placement.ranks(stated, addresses)
             else:
                 algorithm = self._experiment.algorithm
-                traffic = placement.traffic(config.workers, algorithm, topology)
+                traffic = placement.traffic(len(nodes), algorithm, topology)
                 ranks = placement.order(traffic, addresses)
-        self._actors = [self._actors[actor] for actor in ranks]
-        self._nodes = [nodes[actor] for actor in ranks]
+        self._actors = {worker: self._actors[actor] for worker, actor in enumerate(ranks)}
+        self._nodes = {worker: nodes[actor] for worker, actor in enumerate(ranks)}
 
-    def _all(self, method: str, *arguments: Any, segment: Segment | None = None) -> list[Any]:
-        """Call a method of all workers and wait for all."""
-        calls = [getattr(actor, method).remote(*arguments) for actor in self._actors]
-        return self._each(calls, segment)
+    def _drop(self, worker: int) -> None:
+        """Let go of a worker, alive or not."""
+        ray.kill(self._actors.pop(worker))
+        self._nodes.pop(worker, None)
+        self._blank.discard(worker)
+        self._bytes[-1] = self._bytes.get(-1, 0) + self._bytes.pop(worker, 0)
 
-    def _get(self, call: Any) -> Any:
-        return self._each([call])[0]
+    def _all(self, method: str, *arguments: Any) -> dict[int, Any]:
+        """Call a method of all workers and wait for all: what each returned."""
+        calls = {w: getattr(a, method).remote(*arguments) for w, a in self._actors.items()}
+        return self._each(calls)
 
-    def _each(self, calls: list[Any], segment: Segment | None = None) -> list[Any]:
-        try:
-            return ray.get(calls)
-        except (RayActorError, RayTaskError):
-            raise self._failure(calls, segment) from None
+    def _get(self, worker: int, call: Any) -> Any:
+        return self._each({worker: call})[worker]
 
-    def _failure(self, calls: list[Any], segment: Segment | None) -> WorkerError:
-        """Which worker was the cause: a dead one, else one with an error of its own, else one
-        that lost a neighbour. The others' errors only follow from it."""
-        dead: dict[int, str] = {}
+    def _each(self, calls: dict[int, Any]) -> dict[int, Any]:
+        results, lost, failures = self._settle(calls)
+        if lost or failures:
+            raise Interrupted(lost, self._told(lost, failures, None))
+        return results
+
+    def _settle(
+        self, calls: dict[int, Any], segment: Segment | None = None
+    ) -> tuple[dict[int, Any], dict[int, str], list[PeerError]]:
+        """Wait for calls to workers: what they returned, which are gone and where, and which
+        exchanges failed.
+
+        Raises WorkerError where one fails by an error of its own.
+        """
+        config = self._experiment.config.ray
+        started = time.monotonic()
+        pending = list(calls.values())
+        if pending:
+            ray.wait(pending, num_returns=1)
+            taken_s = time.monotonic() - started
+            floor_s = OVERDUE_S if self._settled else config.timeout_s
+            ray.wait(
+                pending,
+                num_returns=len(pending),
+                timeout=max(floor_s, config.patience * taken_s),
+            )
+        results: dict[int, Any] = {}
+        lost: dict[int, str] = {}
+        failures: list[PeerError] = []
         errors: dict[int, Exception] = {}
-        ray.wait(calls, num_returns=len(calls), timeout=GRACE_S)
-        for rank, call in enumerate(calls):
+        for worker, call in calls.items():
             try:
-                ray.get(call, timeout=0)
+                results[worker] = ray.get(call, timeout=0)
             except GetTimeoutError:
-                continue
+                waited_s = time.monotonic() - started
+                lost[worker] = f"has not answered for {waited_s:.0f} s"
             except RayActorError as error:
-                dead[rank] = " ".join(str(error).split())[:400]
+                lost[worker] = "died"
+                if worker not in self._nodes:
+                    lost[worker] += f": {' '.join(str(error).split())[:400]}"
             except RayTaskError as error:
-                errors[rank] = error.cause if isinstance(error.cause, Exception) else error
-        own = {r: e for r, e in errors.items() if not isinstance(e, PeerError)}
-        lost = [e for e in errors.values() if isinstance(e, PeerError)]
-        if dead:
-            told = "; ".join(self._died(rank, lost, segment) for rank in sorted(dead))
-            return WorkerError(told if self._nodes else f"{told}. Ray says: {min(dead.items())[1]}")
-        if own:
-            rank, error = min(own.items())
+                cause = error.cause if isinstance(error.cause, Exception) else error
+                if isinstance(cause, PeerError):
+                    failures.append(cause)
+                else:
+                    errors[worker] = cause
+        if errors:
+            worker, error = min(errors.items())
             if isinstance(error, StepError):
-                return WorkerError(f"worker {rank} failed at step {error.step}: {error.reason}")
-            return WorkerError(f"worker {rank} failed: {type(error).__name__}: {error}")
-        first = min(lost, key=lambda e: e.step)
-        whom = f"worker {first.peer}" if first.peer is not None else "the other workers"
-        return WorkerError(
-            f"worker {first.rank} lost the connection to {whom} at step {first.step}:"
+                raise WorkerError(f"worker {worker} failed at step {error.step}: {error.reason}")
+            raise WorkerError(f"worker {worker} failed: {type(error).__name__}: {error}")
+        for worker, what in lost.items():
+            lost[worker] = f"{self._name(worker)} {what}"
+        return results, lost, failures
+
+    def _name(self, worker: int) -> str:
+        """A worker, and where it is or was."""
+        if worker not in self._nodes:
+            return f"worker {worker}"
+        address, pid = self._nodes[worker]
+        return f"worker {worker} (process {pid} on node {address})"
+
+    def _told(
+        self, lost: dict[int, str], failures: list[PeerError], segment: Segment | None
+    ) -> str:
+        """What happened, in a line; `lost` is told the step. Ranks become workers' numbers."""
+        members = self.members
+        for worker in lost:
+            steps = [f.step for f in failures if f.peer is not None and members[f.peer] == worker]
+            steps = steps or [f.step for f in failures]
+            if segment is not None and steps:
+                lost[worker] += f" at step {min(steps)}"
+            elif segment is not None and segment.stop > segment.start:
+                lost[worker] += f" in steps {segment.start} to {segment.stop - 1}"
+        if lost:
+            return "; ".join(lost[worker] for worker in sorted(lost))
+        first = min(failures, key=lambda f: f.step)
+        whom = "the others" if first.peer is None else self._name(members[first.peer])
+        return (
+            f"{self._name(members[first.rank])} lost the connection to {whom} at step {first.step}:"
             f" {first.reason}"
         )
 
-    def _died(self, rank: int, lost: list[PeerError], segment: Segment | None) -> str:
-        if not self._nodes:
-            return f"worker {rank} died before the first step"
-        address, pid = self._nodes[rank]
-        where = f"worker {rank} (process {pid} on node {address}) died"
-        told = [e.step for e in lost if e.peer == rank] or [e.step for e in lost]
-        if told:
-            return f"{where} at step {min(told)}"
-        if segment is not None:
-            return f"{where} in steps {segment.start} to {segment.stop - 1}"
-        return where
+    def _joined(self, of: dict[int, Report]) -> Report:
+        """One report over all workers that have one, in their order."""
+        self._bytes |= {worker: report.bytes_sent for worker, report in of.items()}
+        reports = [of[worker] for worker in sorted(of)]
+        return Report(
+            stop=reports[0].stop,
+            loss=np.concatenate([r.loss for r in reports]),
+            deviation=_concatenated([r.deviation for r in reports]),
+            moved=_concatenated([r.moved for r in reports]),
+            gradient_square=_concatenated([r.gradient_square for r in reports]),
+            variance=_concatenated([r.variance for r in reports]),
+            bytes_sent=sum(self._bytes.values()),
+            events=reports[0].events,
+            lr=reports[0].lr,
+            next_lr=reports[0].next_lr,
+        )
 
 
-def _joined(values: list[np.ndarray | None]) -> np.ndarray | None:
+def _concatenated(values: list[np.ndarray | None]) -> np.ndarray | None:
     """One array over all workers, or None if they have none."""
     there = [value for value in values if value is not None]
     return np.concatenate(there) if there else None
@@ -233,6 +421,24 @@ class _Actor(Worker):
     def ask(self, function: Callable[..., T], *arguments: Any) -> T:
         """What the function returns of this worker."""
         return function(self, *arguments)
+
+
+def _fitting(config: Config) -> int:
+    """How many workers to start with: all, or, of an elastic run, those that there is room for.
+
+    Raises UserError if the cluster cannot hold them; else Ray would wait for ever.
+    """
+    if config.min_workers is None:
+        _check_resources(config.ray, config.workers)
+        return config.workers
+    _check_resources(config.ray, config.min_workers)
+    return min(config.workers, _holds(config.ray, ray.cluster_resources()))
+
+
+def _holds(config: RayConfig, resources: Mapping[str, float]) -> int:
+    """How many workers these resources are enough for."""
+    each = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
+    return min(int(resources.get(name, 0.0) / need) for name, need in each.items() if need > 0)
 
 
 def start_actors(config: RayConfig, workers: int) -> list[Any]:
@@ -279,7 +485,7 @@ def _reach(address: str) -> None:
 
 
 def _check_resources(config: RayConfig, workers: int) -> None:
-    """Raise UserError if the cluster cannot hold the workers; else Ray would wait for ever."""
+    """Raise UserError if the cluster cannot hold so many workers."""
     total = ray.cluster_resources()
     for resource, each in (("CPU", config.cpus_per_worker), ("GPU", config.gpus_per_worker)):
         there = total.get(resource, 0.0)

@@ -1,6 +1,7 @@
 """The simulator: all workers in one process, stacked along the first axis of every tensor."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from decentral.comm import StackedComm, consecutive_groups
 from decentral.evaluation import averaged_buffers, evaluate, evaluate_each
 from decentral.experiment import Experiment
 from decentral.gradients import FlatModel, StackedGradient
-from decentral.replica import Report, Segment
+from decentral.replica import Replica, Report, Segment, rows_of
 from decentral.timing import step_seconds
 
 
@@ -20,14 +21,24 @@ class Simulator:
     """An Engine. One Replica holds [n, D]; mixing is a matrix product."""
 
     def __init__(self, experiment: Experiment):
-        config = experiment.config
         self._experiment = experiment
         self._model = FlatModel(
-            copy.deepcopy(experiment.task.model), experiment.dtype, config.sim.device
+            copy.deepcopy(experiment.task.model), experiment.dtype, experiment.config.sim.device
         )
-        n = config.workers
-        sampler = experiment.sampler(list(range(n)))
-        matrices = experiment.topology.matrices if experiment.topology else ()
+        self._members = tuple(range(experiment.config.workers))
+        self.replica = self._replicas()
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        return self._members
+
+    def _replicas(self) -> Replica | StackedReplicas:
+        """The members' replicas, as they are at the start."""
+        experiment, config = self._experiment, self._experiment.config
+        n = len(self.members)
+        sampler = experiment.sampler(list(self.members), self.members)
+        topology = experiment.topology_of(self.members)
+        matrices = topology.matrices if topology else ()
         algorithm = experiment.algorithm
         groups = consecutive_groups(n, algorithm.schedule.groups)
         gradient = StackedGradient(
@@ -37,7 +48,7 @@ class Simulator:
             n, matrices, experiment.dtype, config.sim.device, groups, algorithm.gossip_period
         )
         if isinstance(algorithm.rule, AsynchronousRule):
-            self.replica = StackedReplicas(
+            return StackedReplicas(
                 gradient,
                 algorithm.rule,
                 comm,
@@ -45,9 +56,8 @@ class Simulator:
                 experiment.make_scheduler,
                 average_buffers=config.buffers == "average",
             )
-        else:
-            workers = torch.arange(n, device=config.sim.device)
-            self.replica = experiment.replica(gradient, comm, workers)
+        workers = torch.tensor(self.members, device=config.sim.device)
+        return experiment.replica(gradient, comm, workers)
 
     def step_seconds(self) -> np.ndarray:
         config = self._experiment.config
@@ -55,6 +65,32 @@ class Simulator:
 
     def run(self, segment: Segment) -> Report:
         return self.replica.run(segment)
+
+    def regroup(self, members: Sequence[int], new: Sequence[int] = ()) -> None:
+        assert isinstance(self.replica, Replica), "asynchronous workers stay"
+        before, state = self.members, self.replica.state_dict()
+        device = self.replica.x.device
+        place = {worker: row for row, worker in enumerate(before) if worker not in new}
+        some = next(iter(place.values()))  # a newcomer has this one's counters
+        rows = torch.tensor([place.get(worker, some) for worker in members], device=device)
+        self._members = tuple(members)
+        replica = self._replicas()
+        assert isinstance(replica, Replica)
+        replica.load_state_dict(rows_of(state, rows, len(before)))
+        replica.regroup(
+            replica.comm,
+            torch.tensor([worker in new for worker in members], device=device) if new else None,
+        )
+        self.replica = replica
+
+    def room(self) -> int:
+        return 0
+
+    def prepare(self, workers: Sequence[int]) -> None:
+        pass
+
+    def ready(self) -> list[int]:
+        return []
 
     def evaluate(self) -> dict[str, float]:
         task = self._experiment.task

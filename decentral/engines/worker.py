@@ -8,9 +8,12 @@ import os
 import socket
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -25,10 +28,13 @@ from decentral.errors import StepError
 from decentral.evaluation import averaged_buffers, evaluate
 from decentral.experiment import build
 from decentral.gradients import FlatModel, ModuleGradient
-from decentral.peer import PeerComm, own_group, two_ways
-from decentral.replica import Replica, Report, Segment
+from decentral.peer import Patience, PeerComm, PeerError, own_group, two_ways
+from decentral.replica import Replica, Report, Segment, filled
+from decentral.tasks import Sampler
 from decentral.timing import step_seconds
 from decentral.topology import Topology
+
+RECONNECT_S = 30.0  # for workers that are up and running; others may still be loading
 
 
 @dataclass(frozen=True)
@@ -49,24 +55,47 @@ class Surroundings:
         sys.path += [path for path in self.import_paths if path not in sys.path]
 
 
+class Group(NamedTuple):
+    """Workers that exchange with each other: what each is told when it connects.
+
+    members: by number; their places in it are their ranks, and the nodes of `topology`. again:
+    they go on from where they were, but for those in `new`, which start from the others' mean.
+    """
+
+    members: tuple[int, ...]
+    topology: Topology | None
+    again: bool = False
+    new: tuple[int, ...] = ()
+
+
+class Outcome(NamedTuple):
+    """What came of a segment; `failure`: an exchange that failed in it, after which it stopped."""
+
+    report: Report
+    failure: PeerError | None
+
+
 class Worker:
-    """One worker. First `build`, then on worker 0 `listen`, then `connect`; then the rest."""
+    """One worker. First `build`, then on one of them `listen`, then `connect`; then the rest.
+
+    After a failed exchange, or where workers leave or come, `listen` and `connect` come again.
+    """
 
     def build(
         self,
         config: Config,
         topology: Topology | None,
-        rank: int,
+        number: int,
         surroundings: Surroundings,
     ) -> None:
-        """Build worker `rank` of the run. The topology comes along, for a graph file may lie on
+        """Build worker `number` of the run. The topology comes along, for a graph file may lie on
         the driver's node alone; the task's data is read here."""
+        self._comm: PeerComm | None = None
         self.leave()
         surroundings.enter()
         torch.set_num_threads(max(1, int(config.ray.cpus_per_worker)))
         self._experiment = build(config, topology)
-        self._rank = rank
-        self._n = self._experiment.config.workers
+        self._number = number
         gpus = self._experiment.config.ray.gpus_per_worker
         self._device = "cuda" if gpus > 0 else "cpu"
         # NCCL refuses two ranks on one card, so workers that share one exchange through gloo.
@@ -80,43 +109,71 @@ class Worker:
         return step_seconds(self._experiment, self._device)
 
     def listen(self, address: str) -> int:
-        """Open the store at which the workers meet, on this node's `address`; returns its port.
+        """Open a store at which the workers meet, on this node's `address`; returns its port.
 
-        Called on worker 0 alone, before all workers `connect`.
+        Called on the first member alone, before all `connect`.
         """
         self._store = dist.TCPStore(
-            address, 0, self._n, is_master=True, wait_for_workers=False, timeout=self._timeout
+            address, 0, is_master=True, wait_for_workers=False, timeout=self._timeout
         )
         return self._store.port
 
-    def connect(self, address: str, port: int, own_address: str) -> None:
-        """Meet the other workers at address:port and open the process groups."""
+    def connect(
+        self,
+        address: str,
+        port: int,
+        own_address: str,
+        group: Group,
+        blank: dict[str, Any] | None = None,
+    ) -> None:
+        """Meet the other members of `group` at address:port, where the first of them listens.
+
+        `blank`, for one that comes to others, is what it remembers before it has their mean: see
+        Replica.blank.
+        """
+        self.leave()
         interface = interface_of(own_address)
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
-        if self._store is None:
-            self._store = dist.TCPStore(address, port, self._n, timeout=self._timeout)
+        os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # so that its waits have deadlines, as gloo's
+        rank, n = group.members.index(self._number), len(group.members)
+        timeout = timedelta(seconds=RECONNECT_S + n) if group.again else self._timeout
+        if rank > 0:
+            self._store = dist.TCPStore(address, port, timeout=timeout)
         dist.init_process_group(
-            self._backend,
-            store=self._store,
-            rank=self._rank,
-            world_size=self._n,
-            timeout=self._timeout,
+            self._backend, store=self._store, rank=rank, world_size=n, timeout=timeout
         )
-        algorithm = self._experiment.algorithm
-        ways = two_ways() if self._backend == "gloo" and algorithm.needs_topology else None
-        group = own_group(consecutive_groups(self._n, algorithm.schedule.groups))
+        experiment, algorithm = self._experiment, self._experiment.algorithm
+        ways = two_ways(timeout) if self._backend == "gloo" and algorithm.needs_topology else None
+        own = own_group(consecutive_groups(n, algorithm.schedule.groups), timeout)
         if self._backend == "nccl":
             # NCCL opens its connections at the first collective; point to point needs them.
             dist.all_reduce(torch.zeros(1, device=self._device))
-        experiment = self._experiment
-        sampler = experiment.sampler([self._rank])
+        patience = Patience(experiment.config.ray.patience, self._timeout.total_seconds())
+        comm = PeerComm(group.topology, ways, own, algorithm.gossip_period, patience)
+        self._comm = comm
+        sampler = experiment.sampler([self._number], group.members)
+        if self._replica is None:
+            self._replica = self._start(comm, sampler)
+        else:
+            self._gradient.sampler = sampler
+        if blank is not None:
+            self._replica.load_state_dict(filled(blank))
+        if group.again:
+            assert isinstance(self._replica, Replica), "asynchronous workers stay"
+            new = torch.tensor(self._number in group.new, device=self._device)
+            with self._leaving_if_lost():
+                self._replica.regroup(comm, new if group.new else None)
+
+    def _start(self, comm: PeerComm, sampler: Sampler) -> Replica | PeerReplica:
+        """The replica, as it is at the start of the run."""
+        experiment, algorithm = self._experiment, self._experiment.algorithm
         options = experiment.config.gradient.model_dump()
-        gradient = ModuleGradient(self._model, experiment.task, sampler, **options)
-        comm = PeerComm(experiment.topology, ways, group, algorithm.gossip_period)
+        self._gradient = ModuleGradient(self._model, experiment.task, sampler, **options)
         if isinstance(algorithm.rule, AsynchronousRule):
             assert experiment.matchings is not None, "set for asynchronous methods"
-            self._replica = PeerReplica(
-                gradient,
+            assert self._store is not None, "connect has opened it"
+            return PeerReplica(
+                self._gradient,
                 algorithm.rule,
                 comm,
                 experiment.make_optimizer,
@@ -125,15 +182,20 @@ class Worker:
                 store=self._store,
                 average_buffers=experiment.config.buffers == "average",
             )
-        else:
-            rank = torch.tensor(self._rank, device=self._device)
-            self._replica = experiment.replica(gradient, comm, rank)
+        number = torch.tensor(self._number, device=self._device)
+        return experiment.replica(self._gradient, comm, number)
 
-    def run(self, segment: Segment) -> Report:
-        """Run a segment. Raises StepError if it cannot be finished."""
-        replica = self._joined
+    def run(self, segment: Segment) -> Outcome:
+        """Run a segment, or, where an exchange fails, the steps up to and with the one it was in.
+
+        Raises StepError for an error of the step's own.
+        """
+        replica, comm = self._joined, self._comm
+        assert comm is not None, "connect comes first"
+        comm.carries_on = True
+        comm.patience.begin()
         try:
-            return replica.run(segment)
+            report = replica.run(segment)
         except StepError:
             # Closing the connections at once tells the neighbours, and theirs in turn.
             self.leave()
@@ -141,14 +203,25 @@ class Worker:
         except Exception as error:
             self.leave()
             reason = "".join(traceback.format_exception_only(error)).strip()
-            raise StepError(self._rank, replica.step, reason) from error
+            raise StepError(self._number, replica.step, reason) from error
+        finally:
+            comm.carries_on = False
+        if comm.failure is not None:
+            self.leave()
+        return Outcome(report, comm.failure)
+
+    def blank(self) -> dict[str, Any]:
+        """What one that comes to these workers takes for its state, before it has their mean."""
+        replica = self._joined
+        assert isinstance(replica, Replica), "asynchronous workers stay"
+        return replica.blank()
 
     def evaluate(self) -> dict[str, float]:
-        """Own accuracy, and on worker 0 loss and accuracy of the averaged model."""
+        """Own accuracy, and on the first member loss and accuracy of the averaged model."""
         task = self._experiment.task
         x, buffers = self._mean()
         values = {}
-        if task.test is not None and self._rank == 0:
+        if task.test is not None and self._is_first:
             mean = evaluate(self._model, task, x, buffers)
             values["eval_loss"] = mean.loss
             if mean.accuracy is not None:
@@ -160,38 +233,51 @@ class Worker:
         return values
 
     def average_model(self) -> dict[str, Tensor] | None:
-        """The averaged model's state_dict from worker 0; all workers must call it."""
+        """The averaged model's state_dict from the first member; all must call it."""
         x, buffers = self._mean()
-        if self._rank != 0:
+        if not self._is_first:
             return None
         return self._model.state_dict(x, buffers, self._joined.counters)
 
     def save(self, folder: Path) -> None:
         """Write this worker's state to a file of its own in `folder`."""
-        torch.save(self._joined.state_dict(), folder / f"worker-{self._rank}.pt")
+        torch.save(self._joined.state_dict(), folder / f"worker-{self._number}.pt")
 
     def load(self, folder: Path) -> None:
         """Go on from a state that `save` wrote."""
-        path = folder / f"worker-{self._rank}.pt"
+        path = folder / f"worker-{self._number}.pt"
         self._joined.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
     def leave(self) -> None:
         """Close all connections to other workers."""
+        if self._comm is not None:
+            self._comm.let_go()
         if dist.is_initialized():
             dist.destroy_process_group()
 
+    @contextmanager
+    def _leaving_if_lost(self) -> Iterator[None]:
+        """Close the connections at once if an exchange fails: it tells the others."""
+        try:
+            yield
+        except PeerError:
+            self.leave()
+            raise
+
     def _mean(self) -> tuple[Tensor, Tensor]:
         replica = self._joined
-        means = []
-        for tensor in (replica.x, replica.buffers):
-            empty = tensor.numel() == 0
-            means.append(
-                tensor if empty else replica.comm.mean(tensor, replica.step, counted=False)
+        with self._leaving_if_lost():
+            x, buffers = (
+                replica.comm.mean(tensor, replica.step, counted=False) if tensor.numel() else tensor
+                for tensor in (replica.x, replica.buffers)
             )
-        x, buffers = means
-        if self._rank == 0:  # the others need no averaged model
+        if self._is_first:  # the others need no averaged model
             buffers = averaged_buffers(self._model, self._experiment, x, buffers)
         return x, buffers
+
+    @property
+    def _is_first(self) -> bool:
+        return dist.get_rank() == 0
 
     @property
     def _joined(self) -> Replica | PeerReplica:
