@@ -27,15 +27,12 @@ class Simulator:
         )
         n = config.workers
         sampler = experiment.sampler(list(range(n)))
-        matrices = experiment.topology.matrices if experiment.topology else ()
         algorithm = experiment.algorithm
         groups = consecutive_groups(n, algorithm.schedule.groups)
         gradient = StackedGradient(
             self._model, experiment.task, sampler, n, **config.gradient.model_dump()
         )
-        comm = StackedComm(
-            n, matrices, experiment.dtype, config.sim.device, groups, algorithm.gossip_period
-        )
+        comm = StackedComm(n, experiment.mixing(), experiment.dtype, config.sim.device, groups)
         if isinstance(algorithm.rule, AsynchronousRule):
             self.replica = StackedReplicas(
                 gradient,

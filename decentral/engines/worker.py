@@ -112,7 +112,8 @@ class Worker:
         sampler = experiment.sampler([self._rank])
         options = experiment.config.gradient.model_dump()
         gradient = ModuleGradient(self._model, experiment.task, sampler, **options)
-        comm = PeerComm(experiment.topology, ways, group, algorithm.gossip_period)
+        gradient.slowdown = experiment.faults.slowdown_of(self._rank)
+        comm = PeerComm(experiment.mixing(), ways, group)
         if isinstance(algorithm.rule, AsynchronousRule):
             assert experiment.matchings is not None, "set for asynchronous methods"
             self._replica = PeerReplica(
