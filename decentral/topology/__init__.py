@@ -27,6 +27,7 @@ from decentral.topology.describe import describe
 from decentral.topology.draw import plot
 from decentral.topology.files import read
 from decentral.topology.graphs import GENERATORS
+from decentral.topology.reknit import reknit
 from decentral.topology.theory import (
     beta,
     beta_random,
@@ -54,6 +55,7 @@ __all__ = [
     "effective_neighbours",
     "plot",
     "read",
+    "reknit",
     "require_column_stochastic",
     "require_doubly_stochastic",
     "require_static",
