@@ -19,7 +19,7 @@ from decentral.algorithms import Algorithm
 from decentral.comm import Event, consecutive_groups
 from decentral.config import Config
 from decentral.errors import UserError
-from decentral.faults import Faults
+from decentral.faults import Faults, MessageFaults
 from decentral.jitter import JITTERS, Variation
 from decentral.signature import bind, choose
 from decentral.timeline import Slice, Timeline
@@ -94,6 +94,7 @@ class Clock:
         self._overlap = overlap
         self._on_wire = 1 + overhead  # bytes on the wire for a byte of a message
         self._faults = faults
+        self._messages: dict[int, MessageFaults] = {}  # of the exchanges
         self._ids = np.arange(len(self.now)) if members is None else np.array(members)
         self._before: np.ndarray | None = None  # when the computing began, until an exchange
         self._all_reduce = all_reduce
@@ -180,11 +181,14 @@ class Clock:
 
     def _exchange(self, step: int) -> "_Exchange":
         """The messages of `step`: those of its graph, less those that are lost."""
-        exchange = self._exchanges[step // self._turn_steps % len(self._exchanges)]
+        turn = step // self._turn_steps % len(self._exchanges)
+        exchange = self._exchanges[turn]
         if self._faults is None or not self._faults.touches_links(step):
             return exchange
-        ends = self._ids[exchange.senders], self._ids[exchange.receivers]
-        lost = self._faults.lost(step, *ends)
+        if turn not in self._messages:
+            ends = self._ids[exchange.senders], self._ids[exchange.receivers]
+            self._messages[turn] = self._faults.of_messages(*ends)
+        lost = self._messages[turn].lost(step)
         return exchange.without(lost) if lost.any() else exchange
 
     def _averaging(self, event: Event) -> Sequence[np.ndarray]:

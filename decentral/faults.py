@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from decentral.config import (
     ChurnFault,
@@ -73,27 +74,22 @@ class Faults:
         """Whether any link may be out, or any message late, at `step`."""
         return any(f.covers(step) for f in (*self._cuts, *self._lose, *self._delay))
 
-    def lost(self, step: int, senders: np.ndarray, receivers: np.ndarray) -> np.ndarray:
-        """Which of these messages of `step` do not come, bool [k]; the ends are worker ids [k]."""
+    def of_messages(self, senders: np.ndarray, receivers: np.ndarray) -> "MessageFaults":
+        """What happens to these messages, a message of every step each; the ends are ids [k]."""
         low, high = np.minimum(senders, receivers), np.maximum(senders, receivers)
-        lost = np.zeros(len(senders), dtype=bool)
-        for fault in self._cuts:
-            if fault.covers(step):
-                lost |= (low == min(fault.link)) & (high == max(fault.link))
-        for number, fault in enumerate(self._lose):
-            if fault.covers(step):
-                ends = (low, high) if fault.of == "exchanges" else (senders, receivers)
-                lost |= self._draw(_LOSE, number, step, *ends) < fault.probability
-        return lost
-
-    def late(self, step: int, senders: np.ndarray, receivers: np.ndarray) -> np.ndarray:
-        """By how many steps each of these messages is late, int [k]; the first fault that holds."""
-        late = np.zeros(len(senders), dtype=np.int64)
-        for number, fault in enumerate(self._delay):
-            if fault.covers(step):
-                held = self._draw(_DELAY, number, step, senders, receivers) < fault.probability
-                late[held & (late == 0)] = fault.steps
-        return late
+        cuts = [
+            (fault, (low == min(fault.link)) & (high == max(fault.link))) for fault in self._cuts
+        ]
+        losses = [
+            (fault, self._key(_LOSE, number, *ends))
+            for number, fault in enumerate(self._lose)
+            for ends in [(low, high) if fault.of == "exchanges" else (senders, receivers)]
+        ]
+        delays = [
+            (fault, self._key(_DELAY, number, senders, receivers))
+            for number, fault in enumerate(self._delay)
+        ]
+        return MessageFaults(len(senders), cuts, losses, delays)
 
     def slowdown(self, step: int, workers: np.ndarray) -> np.ndarray:
         """How many times as long the local step of each of these workers takes, float64 [k]."""
@@ -134,10 +130,10 @@ class Faults:
         leaves, margin = np.zeros(len(live), dtype=bool), np.ones(len(live))
         for number, fault in enumerate(self._churn):
             if fault.covers(step):
-                drawn = self._draw(_CHURN, number, step, live)
+                drawn = _draw(self._key(_CHURN, number, live), step)
                 leaves |= drawn < fault.leave
                 margin = np.minimum(margin, drawn - fault.leave)
-                back = self._draw(_CHURN, number, step, away) < fault.return_
+                back = _draw(self._key(_CHURN, number, away), step) < fault.return_
                 joined |= set(away[back].tolist())
         if len(live) and leaves.all():
             leaves[margin.argmax()] = False
@@ -153,12 +149,13 @@ class Faults:
         windows = [(f.start, math.inf if f.stop is None else f.stop) for f in self._churn]
         last = min(max(end for _, end in windows), math.inf if stop is None else stop)
         step = max(step, min(start for start, _ in windows))
-        workers, block, drawn = np.arange(self._workers), 16, 0
+        keys = [self._key(_CHURN, k, np.arange(self._workers)) for k in range(len(self._churn))]
+        block, drawn = 16, 0
         while step < last:
             steps = np.arange(step, min(step + block, last), dtype=np.int64)[:, None]
             changed = np.zeros(len(steps), dtype=bool)
-            for number, ((start, end), chance) in enumerate(zip(windows, chances, strict=True)):
-                hit = self._draw(_CHURN, number, steps, workers) < chance
+            for key, (start, end), chance in zip(keys, windows, chances, strict=True):
+                hit = _draw(key, torch.from_numpy(steps)) < chance
                 changed |= (hit & (start <= steps) & (steps < end)).any(axis=1)
             if changed.any():
                 return step + int(changed.argmax())
@@ -168,10 +165,9 @@ class Faults:
             block = min(2 * block, max(16, DRAWS_AHEAD // (8 * self._workers)))
         return None
 
-    def _draw(self, kind: int, number: int, *words: int | np.ndarray) -> np.ndarray:
-        """Uniform on (0, 1), for each combination of the broadcastable words."""
-        tensors = (torch.from_numpy(w) if isinstance(w, np.ndarray) else w for w in words)
-        return uniform_float(hash64(kind, self._seed, number, *tensors)).numpy()
+    def _key(self, kind: int, number: int, *ends: np.ndarray) -> Tensor:
+        """Random bits of each worker or link, for the `number`-th fault of a kind."""
+        return hash64(kind, self._seed, number, *(torch.from_numpy(end) for end in ends))
 
     def _check(self) -> None:
         before: dict[tuple[int, int], str] = {}
@@ -203,3 +199,40 @@ class Faults:
                 " raise workers",
                 key,
             )
+
+
+class MessageFaults:
+    """What happens to k messages of every step: see `Faults.of_messages`."""
+
+    def __init__(
+        self,
+        count: int,
+        cuts: list[tuple[CutFault, np.ndarray]],
+        losses: list[tuple[LoseFault, Tensor]],
+        delays: list[tuple[DelayFault, Tensor]],
+    ):
+        self._count, self._cuts, self._losses, self._delays = count, cuts, losses, delays
+
+    def lost(self, step: int) -> np.ndarray:
+        """Which messages of `step` do not come, bool [k]."""
+        lost = np.zeros(self._count, dtype=bool)
+        for fault, cut in self._cuts:
+            if fault.covers(step):
+                lost |= cut
+        for fault, key in self._losses:
+            if fault.covers(step):
+                lost |= _draw(key, step) < fault.probability
+        return lost
+
+    def late(self, step: int) -> np.ndarray:
+        """By how many steps each message of `step` is late, int [k]; the first fault that holds."""
+        late = np.zeros(self._count, dtype=np.int64)
+        for fault, key in self._delays:
+            if fault.covers(step):
+                late[(_draw(key, step) < fault.probability) & (late == 0)] = fault.steps
+        return late
+
+
+def _draw(key: Tensor, step: int | Tensor) -> np.ndarray:
+    """Uniform on (0, 1), for each combination of keys and steps."""
+    return uniform_float(hash64(key, step)).numpy()

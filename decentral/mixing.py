@@ -24,7 +24,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from scipy.sparse import csr_array
 
-from decentral.faults import Faults
+from decentral.faults import Faults, MessageFaults
 from decentral.topology import Topology
 
 
@@ -49,8 +49,9 @@ class Mixing:
         self._ids = np.arange(topology.n) if members is None else np.array(members, dtype=np.int64)
         self._turn_steps = turn_steps
         self._sender_keeps = sender_keeps
-        self._entries: dict[int, _Entries] = {}  # by turn of the sequence
+        self._entries: dict[int, tuple[_Entries, MessageFaults]] = {}  # by turn of the sequence
         self._last: dict[int, tuple[np.ndarray, csr_array]] = {}  # what was out, and W without it
+        self._now: tuple[int, csr_array] | None = None  # the last step asked for
 
     def matrix(self, step: int) -> csr_array:
         """W(step), csr_array [m, m].
@@ -61,8 +62,13 @@ class Mixing:
         turn = step // self._turn_steps % len(self.matrices)
         if self._faults is None or not self._faults.touches_links(step):
             return self.matrices[turn]
-        entries = self._entries_of(turn)
-        lost = self._faults.lost(step, *entries.ends(self._ids))
+        if self._now is None or self._now[0] != step:
+            self._now = step, self._drawn(turn, step)
+        return self._now[1]
+
+    def _drawn(self, turn: int, step: int) -> csr_array:
+        entries, messages = self._entries_of(turn)
+        lost = messages.lost(step)
         if not lost.any():
             return self.matrices[turn]
         last = self._last.get(turn)
@@ -79,9 +85,8 @@ class Mixing:
         turn = step // self._turn_steps % len(self.matrices)
         if self._faults is None or not self._faults.touches_links(step):
             return self.matrices[turn], {}
-        entries = self._entries_of(turn)
-        ends = entries.ends(self._ids)
-        lost, late = self._faults.lost(step, *ends), self._faults.late(step, *ends)
+        entries, messages = self._entries_of(turn)
+        lost, late = messages.lost(step), messages.late(step)
         lost |= (late > 0) & ~np.isin(late, list(there))
         late[lost] = 0
         if not (lost.any() or late.any()):
@@ -89,9 +94,14 @@ class Mixing:
         now = entries.without(lost, self._sender_keeps, late > 0)
         return now, {int(d): entries.only(late == d) for d in np.unique(late[late > 0])}
 
-    def _entries_of(self, turn: int) -> "_Entries":
+    def _entries_of(self, turn: int) -> "tuple[_Entries, MessageFaults]":
+        assert self._faults is not None
         if turn not in self._entries:
-            self._entries[turn] = _Entries(self.matrices[turn])
+            entries = _Entries(self.matrices[turn])
+            messages = self._faults.of_messages(
+                self._ids[entries.sender], self._ids[entries.receiver]
+            )
+            self._entries[turn] = entries, messages
         return self._entries[turn]
 
 
@@ -109,17 +119,13 @@ class _Entries:
         self._data = np.concatenate([entries.data[between], W.diagonal()])[order]
         self._own = np.flatnonzero(self._row == self._col)
         self._message = np.flatnonzero(self._row != self._col)
-        self._receiver, self._sender = self._row[self._message], self._col[self._message]
-
-    def ends(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The senders and the receivers of the messages, as worker ids."""
-        return ids[self._sender], ids[self._receiver]
+        self.receiver, self.sender = self._row[self._message], self._col[self._message]
 
     def without(
         self, lost: np.ndarray, sender_keeps: bool, elsewhere: np.ndarray | None = None
     ) -> csr_array:
         """W less the `lost` messages, whose shares are kept, and less those `elsewhere`."""
-        keeper = (self._sender if sender_keeps else self._receiver)[lost]
+        keeper = (self.sender if sender_keeps else self.receiver)[lost]
         share = self._data[self._message[lost]]
         data = self._data.copy()
         data[self._own] += np.bincount(keeper, weights=share, minlength=self._n)
