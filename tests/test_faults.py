@@ -4,6 +4,7 @@ import logging
 import time
 from types import SimpleNamespace
 
+import harness
 import networkx as nx
 import numpy as np
 import pandas
@@ -19,6 +20,7 @@ from pydantic import TypeAdapter
 import decentral
 from decentral import UserError, gradients
 from decentral import topology as topologies
+from decentral.algorithms import PRESETS
 from decentral.clock import Clock
 from decentral.comm import Event, StackedComm
 from decentral.config import Fault, RayConfig, dump, load
@@ -256,6 +258,16 @@ def test_push_sum_finds_the_mean_under_losses(of_what):
         mass = comm.mix(mass, step)
     np.testing.assert_allclose(mass.sum(0), total, rtol=1e-13)
     np.testing.assert_allclose(mass[:, :3] / mass[:, 3:], (total[:3] / 5).expand(5, 3), rtol=1e-12)
+
+
+def test_push_sum_takes_statistics_for_means_too():
+    """Running statistics are no mass: on a star, P alone would give the hub more than all."""
+    problem = harness.Quadratic()
+    problem.buffers = torch.arange(10, dtype=torch.float64).view(5, 2)
+    mean = problem.buffers.mean(0)
+    star = topologies.build(5, "star", weights="push")
+    replica = harness.run(PRESETS["sgp"](), problem, 200, star)
+    np.testing.assert_allclose(replica.buffers, mean.expand(5, 2), rtol=1e-12)
 
 
 def test_experiments_let_the_sender_keep_for_push_sum_alone(quick):
