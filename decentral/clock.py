@@ -5,6 +5,7 @@ neighbours in a gossip step, everyone in a global average. The coordinator repla
 workers did, so that both engines tell the same time for the same run.
 """
 
+import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from decentral.algorithms import Algorithm
 from decentral.comm import Event, consecutive_groups
 from decentral.config import Config
 from decentral.errors import UserError
+from decentral.faults import Faults, MessageFaults
 from decentral.jitter import JITTERS, Variation
 from decentral.signature import bind, choose
 from decentral.timeline import Slice, Timeline
@@ -62,7 +64,8 @@ class Clock:
     what the protocol adds to a message, as a share of it. `groups`: the members of those that
     average by themselves, around a ring. `turn_steps`: the steps that one turn of the topology's
     sequence lasts. `cluster`: all the cables between workers, where the topology is not what is
-    cabled; a message between two that share none takes the path of least latency.
+    cabled; a message between two that share none takes the path of least latency. `faults`: what
+    does not come is not sent, and who is slow takes longer.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Clock:
         groups: Sequence[np.ndarray] = (),
         turn_steps: int = 1,
         cluster: nx.Graph | None = None,
+        faults: Faults | None = None,
     ):
         self.now = np.zeros(len(compute_s))
         self._members = np.arange(len(compute_s))
@@ -89,6 +93,8 @@ class Clock:
         self._variation = variation
         self._overlap = overlap
         self._on_wire = 1 + overhead  # bytes on the wire for a byte of a message
+        self._faults = faults
+        self._messages: dict[int, MessageFaults] = {}  # of the exchanges
         self._before: np.ndarray | None = None  # when the computing began, until an exchange
         self._all_reduce = all_reduce
         self._all_reduces: dict[int, float] = {}  # seconds by size
@@ -112,7 +118,7 @@ class Clock:
             groups = consecutive_groups(len(members), len(self._groups))
             self._groups = [np.asarray(members)[group] for group in groups]
         self._members = np.asarray(members)
-        self._all_reduces, self._before = {}, None
+        self._all_reduces, self._messages, self._before = {}, {}, None
         graphs: Sequence[nx.Graph] = topology.graphs if topology else ()
         self._exchanges = [_Exchange(graph, self._links, self._members) for graph in graphs]
 
@@ -123,16 +129,21 @@ class Clock:
 
     def compute_s_at(self, step: int) -> np.ndarray:
         """Seconds of each worker's local step `step`, [n]."""
-        if self._variation is None:
-            return self._compute_s
-        return self._compute_s * self._variation.factors(np.arange(len(self.now)), step)
+        return self._compute_s * self._factors(slice(None), step)
 
     def compute_s_of(self, worker: int, step: int) -> float:
         """Seconds of one worker's local step `step`."""
-        if self._variation is None:
-            return float(self._compute_s[worker])
-        factor = self._variation.factors(np.array([worker]), step)[0]
-        return float(self._compute_s[worker] * factor)
+        return float(self._compute_s[worker] * self._factors([worker], step)[0])
+
+    def _factors(self, rows: slice | list[int], step: int) -> np.ndarray:
+        """How many times as long as usual the step of each of these takes."""
+        ids = np.arange(len(self.now))[rows]
+        factors = np.ones(len(ids))
+        if self._variation is not None:
+            factors *= self._variation.factors(ids, step)
+        if self._faults is not None:
+            factors *= self._faults.slowdown(step, ids)
+        return factors
 
     def link_s(self, i: int, j: int, size: int) -> float:
         """Seconds from worker i to worker j for `size` bytes that have the link to themselves."""
@@ -161,8 +172,7 @@ class Clock:
         if self._overlap and self._before is not None:
             began, self._before = self._before, None
         if event.kind == "neighbours":
-            turn = event.step // self._turn_steps
-            exchange = self._exchanges[turn % len(self._exchanges)]
+            exchange = self._exchange(event.step)
             done = exchange.done(began, event.size * self._on_wire)
         else:
             exchange = None
@@ -184,6 +194,18 @@ class Clock:
             shown = np.clip(started, now, self.now)  # what the worker itself spends on it
             self._draw(event, "wait", now, shown, waits_for=peer)
             self._draw(event, kind, shown, self.now)
+
+    def _exchange(self, step: int) -> "_Exchange":
+        """The messages of `step`: those of its graph, less those that are lost."""
+        turn = step // self._turn_steps % len(self._exchanges)
+        exchange = self._exchanges[turn]
+        if self._faults is None or not self._faults.touches_links(step):
+            return exchange
+        if turn not in self._messages:
+            ends = exchange.senders, exchange.receivers
+            self._messages[turn] = self._faults.of_messages(*ends)
+        lost = self._messages[turn].lost(step)
+        return exchange.without(lost) if lost.any() else exchange
 
     def _averaging(self, event: Event) -> Sequence[np.ndarray]:
         """Who averages with whom: everyone, or the members of each group."""
@@ -322,37 +344,48 @@ class _Exchange:
     def __init__(self, graph: nx.Graph, links: "_Links", members: np.ndarray):
         ends = members[np.array(_messages(graph), dtype=np.int64).reshape(-1, 2)]
         messages = [(int(u), int(v)) for u, v in ends]
-        self._senders, self._receivers = ends[:, 0], ends[:, 1]
+        self.senders, self.receivers = ends[:, 0], ends[:, 1]
         edges = np.array([links.direct(u, v) for u, v in messages]).reshape(-1, 2)
-        self._latency_s, bandwidth = edges[:, 0], edges[:, 1]
+        self._latency_s, self._bandwidth = edges[:, 0], edges[:, 1]
         inside = np.array([links.share_node(u, v) for u, v in messages], dtype=np.int64)
-        out, into = 2 * self._senders + inside, 2 * self._receivers + inside
-        cards = 2 * links.n
-        card = np.zeros(cards)
-        for ends in (out, into):
-            np.maximum.at(card, ends, bandwidth)
+        self._out, self._into = 2 * self.senders + inside, 2 * self.receivers + inside
+        self._card = card = np.zeros(2 * links.n)
+        for ends in (self._out, self._into):
+            np.maximum.at(card, ends, self._bandwidth)
         for (u, v), (_, reached) in links.cables.items():
             for end in (2 * u, 2 * v):
                 card[end + links.share_node(u, v)] = max(
                     card[end + links.share_node(u, v)], reached
                 )
-        sent, heard = np.bincount(out, minlength=cards), np.bincount(into, minlength=cards)
-        shares = [bandwidth, card[out] / sent[out], card[into] / heard[into]]
+        self._share()
+
+    def without(self, lost: np.ndarray) -> "_Exchange":
+        """The same less the `lost` messages, bool [k]: the others share the cards."""
+        left = copy.copy(self)
+        for name in ("senders", "receivers", "_out", "_into", "_latency_s", "_bandwidth"):
+            setattr(left, name, getattr(self, name)[~lost])
+        left._share()
+        return left
+
+    def _share(self) -> None:
+        out, into, card = self._out, self._into, self._card
+        sent, heard = (np.bincount(ends, minlength=len(card)) for ends in (out, into))
+        shares = [self._bandwidth, card[out] / sent[out], card[into] / heard[into]]
         self._seconds_per_byte = 1 / np.minimum.reduce(shares)
 
     def done(self, began: np.ndarray, size: float) -> np.ndarray:
         """When each worker has sent and heard everything, [n], if it is there at `began`."""
         done = began.copy()
         _, sent, heard = self._times(began, size)
-        np.maximum.at(done, self._senders, sent)
-        np.maximum.at(done, self._receivers, heard)
+        np.maximum.at(done, self.senders, sent)
+        np.maximum.at(done, self.receivers, heard)
         return done
 
     def last(self, began: np.ndarray, size: float) -> tuple[np.ndarray, np.ndarray]:
         """Of each worker's last message: when it could start, and who is at the other end."""
         start, sent, heard = self._times(began, size)
-        worker = np.concatenate([self._senders, self._receivers])
-        peer = np.concatenate([self._receivers, self._senders])
+        worker = np.concatenate([self.senders, self.receivers])
+        peer = np.concatenate([self.receivers, self.senders])
         order = np.lexsort((np.tile(start, 2), np.concatenate([sent, heard])))
         started, waits_for = began.copy(), np.arange(len(began))
         started[worker[order]] = np.tile(start, 2)[order]  # the last one stays
@@ -361,7 +394,7 @@ class _Exchange:
 
     def _times(self, began: np.ndarray, size: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of each message: when both ends are there, when it is out, and when it is heard."""
-        start = np.maximum(began[self._senders], began[self._receivers])
+        start = np.maximum(began[self.senders], began[self.receivers])
         sent = start + size * self._seconds_per_byte
         return start, sent, sent + self._latency_s
 
@@ -400,6 +433,7 @@ def clock_options(
         "all_reduce": AllReduce(network.all_reduce, reached),
         "nodes": nodes,
         "groups": consecutive_groups(config.workers, algorithm.schedule.groups),
+        "faults": Faults(config.faults, config.seed, config.workers),
         "turn_steps": algorithm.gossip_period,
         "cluster": cluster if network.file is not None else None,
         "timeline": Timeline(config.record.timeline) if config.record.timeline else None,

@@ -7,13 +7,16 @@ Replica is the one caller.
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from scipy.sparse import csr_array
 from torch import Tensor
 from torch.nn.functional import embedding_bag
+
+if TYPE_CHECKING:
+    from decentral.mixing import Mixing
 
 
 class Event(NamedTuple):
@@ -34,15 +37,21 @@ def as_it_is(message: Tensor) -> Tensor:
     return message
 
 
+# Of each mixing within a step, by its number: (step, what was mixed), the oldest first.
+History = dict[int, list[tuple[int, Tensor]]]
+
+
 class Comm(Protocol):
     """`bytes_sent` counts what this side sent so far: all workers stacked, or one worker.
 
-    `events` grows by each exchange that is the method's; whoever reads it clears it.
+    `events` grows by each exchange that is the method's; whoever reads it clears it. `history`
+    is what may yet be heard late: it goes into a checkpoint.
     """
 
     n: int
     bytes_sent: int
     events: list[Event]
+    history: History
 
     @property
     def failure(self) -> Exception | None:
@@ -100,37 +109,69 @@ class StackedComm:
     """All workers in one process. Mixing is W times [n, D], the mean a mean of rows.
 
     groups: the members of each group, [k] each; every worker is in one, or there are none.
-    turn_steps: the steps that one turn of the topology's sequence lasts.
     """
 
     def __init__(
         self,
         n: int,
-        matrices: Sequence[csr_array],
+        mixing: "Mixing | None",
         dtype: torch.dtype,
         device: str = "cpu",
         groups: Sequence[np.ndarray] = (),
-        turn_steps: int = 1,
     ):
         self.n = n
         self.bytes_sent = 0
         self.events: list[Event] = []
         self.failure = None
-        self._dtype = accumulation_dtype(dtype)
-        self._bags = [_bags(w, self._dtype, device) for w in matrices]
-        self._messages = [int(np.count_nonzero(w.tocoo().row != w.tocoo().col)) for w in matrices]
+        self.history: History = {}
+        self._mixing = mixing
+        self._dtype, self._device = accumulation_dtype(dtype), device
+        # By id: those of the topology stay, and of the others the last, with its matrix.
+        self._intact = {id(W): self._plan(W) for W in mixing.matrices} if mixing else {}
+        self._other: tuple[csr_array, _Plan] | None = None
+        self._at, self._call = -1, 0  # step and number of the last mixing
         self._groups = [torch.from_numpy(members).to(device) for members in groups]
-        self._turn_steps = turn_steps
-        self._matrices, self._device = matrices, device
 
     def mix(self, message: Tensor, step: int, decode: Decode = as_it_is) -> Tensor:
-        turn = step // self._turn_steps
-        indices, offsets, weights = self._bags[turn % len(self._bags)]
-        self.bytes_sent += self._messages[turn % len(self._bags)] * nbytes(message[0])
+        assert self._mixing is not None, "the method has a topology"
+        plan = self._plan_of(self._mixing.matrix(step))
+        self.bytes_sent += plan.messages * nbytes(message[0])
         self.events.append(Event("neighbours", step, nbytes(message[0])))
-        # W x as weighted sums of rows: on CPUs several times faster than torch's sparse product.
         x = decode(message).to(self._dtype)
-        return embedding_bag(indices, x, offsets, mode="sum", per_sample_weights=weights)
+        return plan.apply(x) if not self._mixing.delays else self._mix_late(x, step)
+
+    def _mix_late(self, x: Tensor, step: int) -> Tensor:
+        """As `mix`, each message that is late as it was: the newest that is old enough."""
+        assert self._mixing is not None
+        delays = self._mixing.delays
+        self._call = self._call + 1 if self._at == step else 0
+        self._at = step
+        past = self.history.setdefault(self._call, [])
+        heard = {
+            delay: [mixed for at, mixed in past if at <= step - delay][-1]
+            for delay in delays
+            if past and past[0][0] <= step - delay
+        }
+        now, late = self._mixing.split(step, heard)
+        mixed = self._plan_of(now).apply(x)
+        for delay, W in late.items():
+            mixed += self._plan(W).apply(heard[delay])
+        # What the most delayed message of the next step could be, and all since.
+        past.append((step, x.clone()))
+        while len(past) > 1 and past[1][0] <= step + 1 - max(delays):
+            past.pop(0)
+        return mixed
+
+    def _plan_of(self, W: csr_array) -> "_Plan":
+        intact = self._intact.get(id(W))
+        if intact is not None:
+            return intact
+        if self._other is None or self._other[0] is not W:
+            self._other = W, self._plan(W)
+        return self._other[1]
+
+    def _plan(self, W: csr_array) -> "_Plan":
+        return _Plan(W, self._dtype, self._device)
 
     def mean(self, x: Tensor, step: int, counted: bool = True) -> Tensor:
         if counted:
@@ -175,7 +216,8 @@ class StackedComm:
     @cached_property
     def _links(self) -> tuple[Tensor, Tensor]:
         """Of each link (worker, neighbour), sorted: the worker, and the place of the reverse."""
-        entries = self._matrices[0].tocoo()
+        assert self._mixing is not None, "the method has a topology"
+        entries = self._mixing.matrices[0].tocoo()
         between = entries.row != entries.col
         owner, other = entries.row[between], entries.col[between]
         order = np.lexsort((other, owner))
@@ -207,10 +249,18 @@ def nbytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
 
 
-def _bags(matrix: csr_array, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """W by rows, as embedding_bag takes it: columns, where each row starts, and weights."""
-    return (
-        torch.from_numpy(matrix.indices.astype(np.int64)).to(device),
-        torch.from_numpy(matrix.indptr[:-1].astype(np.int64)).to(device),
-        torch.from_numpy(matrix.data).to(device, dtype),
-    )
+class _Plan:
+    """A mixing matrix as embedding_bag takes it, row by row; `messages` is how many it takes."""
+
+    def __init__(self, W: csr_array, dtype: torch.dtype, device: str):
+        entries = W.tocoo()
+        self.messages = int(np.count_nonzero(entries.row != entries.col))
+        self._columns = torch.from_numpy(W.indices.astype(np.int64)).to(device)
+        self._starts = torch.from_numpy(W.indptr[:-1].astype(np.int64)).to(device)
+        self._weights = torch.from_numpy(W.data).to(device, dtype)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """W x as weighted sums of rows: on CPUs several times faster than a sparse product."""
+        return embedding_bag(
+            self._columns, x, self._starts, mode="sum", per_sample_weights=self._weights
+        )

@@ -12,12 +12,21 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from decentral.errors import UserError
 from decentral.signature import validation_error
 
 PositiveInt = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -107,7 +116,7 @@ class Jitter(_Choice):
 class StragglersConfig(_Section):
     """With `probability`, a worker's step takes `slowdown` times as long."""
 
-    probability: Annotated[float, Field(ge=0, le=1)]
+    probability: Probability
     slowdown: Annotated[float, Field(ge=1, allow_inf_nan=False)]
 
 
@@ -190,6 +199,93 @@ class RayConfig(_Section):
     patience: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 10.0
 
 
+class KillFault(_Section):
+    """A worker dies before a step: `on_worker_failure` says what then becomes of it."""
+
+    kind: Literal["kill"]
+    worker: Count
+    step: Count
+
+
+class JoinFault(_Section):
+    """A worker that is away comes, or comes back, before a step."""
+
+    kind: Literal["join"]
+    worker: Count
+    step: Count
+
+
+class _Window(_Section):
+    """Steps start .. stop-1; to the end of the run without a stop."""
+
+    start: Count = 0
+    stop: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _some_step(self) -> "_Window":
+        if self.stop is not None and self.stop <= self.start:
+            raise ValueError(
+                f"steps are start .. stop-1, so stop must be above start; stop is {self.stop} and"
+                f" start {self.start}"
+            )
+        return self
+
+    def covers(self, step: int) -> bool:
+        """Whether `step` is one of them."""
+        return self.start <= step and (self.stop is None or step < self.stop)
+
+
+class CutFault(_Window):
+    """Two workers hear nothing of each other, in either direction."""
+
+    kind: Literal["cut"]
+    link: Annotated[list[Count], Field(min_length=2, max_length=2)]
+
+
+class SlowFault(_Window):
+    """A worker's local steps take `factor` times as long."""
+
+    kind: Literal["slow"]
+    worker: Count
+    factor: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+
+
+class LoseFault(_Window):
+    """Each exchange of two neighbours, in both directions at once, or each message, is lost."""
+
+    kind: Literal["lose"]
+    probability: Probability
+    of: Literal["exchanges", "messages"] = "exchanges"
+
+
+class DelayFault(_Window):
+    """Each message comes so many steps late with this probability."""
+
+    kind: Literal["delay"]
+    probability: Probability
+    steps: PositiveInt
+
+
+_RETURN: dict[str, Any] = {"return": (Probability, ...)}  # no name for an attribute of a class
+
+
+class ChurnFault(create_model("_Churn", __base__=_Window, **_RETURN)):
+    """At each step each live worker leaves, and each that is away returns, with a probability."""
+
+    kind: Literal["churn"]
+    leave: Probability
+
+    @property
+    def return_(self) -> float:
+        return getattr(self, "return")
+
+
+Fault = Annotated[
+    KillFault | JoinFault | CutFault | SlowFault | LoseFault | DelayFault | ChurnFault,
+    Field(discriminator="kind"),
+]
+
+
 class Config(_Section):
     """A run.
 
@@ -215,6 +311,7 @@ class Config(_Section):
     algorithm: Component
     topology: TopologyConfig | None = None
     network: NetworkConfig = NetworkConfig()
+    faults: list[Fault] = []
     record: RecordConfig = RecordConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"

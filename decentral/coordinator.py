@@ -46,6 +46,7 @@ class Coordinator:
         self._engine = engine
         self._say = say
         self._retries = 0  # since a step was taken
+        self._away: set[int] = set()  # workers that stay away until config.faults has them back
         self._new: tuple[int, ...] = ()  # workers that have come, but have no state yet
         self.failures: list[dict[str, Any]] = []
         self._schedule = experiment.algorithm.schedule
@@ -66,6 +67,7 @@ class Coordinator:
         The caller may stop between two segments; all workers are then at `step`.
         """
         while self.step < self._experiment.config.steps:
+            self._follow_script()
             self._grow()
             segment = self._next_segment()
             report = self._run(segment)
@@ -174,12 +176,35 @@ class Coordinator:
         those = f"{len(self._engine.members)} workers go on" if lost else "reconnected"
         self._say(f"{what}; {those} from step {self.step} after {seconds:.1f} s")
 
+    def _follow_script(self) -> None:
+        """Let go and come who does so before this step by config.faults."""
+        config, members = self._experiment.config, self._engine.members
+        changes = self._experiment.faults.changes(self.step, members)
+        killed = changes.killed
+        if killed:
+            told = " and ".join(str(worker) for worker in killed)
+            what = f"worker {told} died before step {self.step}, as config.faults has it"
+            if config.on_worker_failure == "stop":
+                raise WorkerError(what)
+            if not set(members) - set(killed) - set(changes.left):
+                raise WorkerError(f"{what}; nobody is left")
+            self._say(what)
+        replaced = killed if config.on_worker_failure == "replace" else ()
+        self._away = (self._away | {*killed, *changes.left}) - {*replaced, *changes.joined}
+        stay = set(members) - set(killed) - set(changes.left)
+        new = sorted({*replaced, *changes.joined})
+        if new or len(stay) < len(members):
+            try:
+                self._regroup(sorted({*stay, *new}), new)
+            except Interrupted as interruption:
+                self.recover(interruption)
+
     def _grow(self) -> None:
         """Take in workers that are up, and start others in the place of lost ones, or more, where
         the config says so and the cluster has room."""
         config, members = self._experiment.config, self._engine.members
         wanted = config.on_worker_failure == "replace" or config.min_workers is not None
-        absent = sorted(set(range(config.workers)) - set(members))
+        absent = sorted(set(range(config.workers)) - set(members) - self._away)
         if not absent or not wanted:
             return
         new = self._engine.ready()
@@ -209,6 +234,9 @@ class Coordinator:
         test = self._norm_test.next_watch(self.step) if self._norm_test is not None else None
         ends = {config.steps, _multiple_after(self.step, config.record.every)}
         ends |= {step + 1 for step in (average, watch, test) if step is not None}
+        change = self._experiment.faults.next_change(self.step + 1, self._engine.members)
+        if change is not None:
+            ends.add(change)
         for every in (config.record.evaluate_every, config.checkpoint.every):
             if every is not None:
                 ends.add(_multiple_after(self.step, every))

@@ -42,6 +42,11 @@ def uniform_index(bits: Tensor, size: Tensor | int) -> Tensor:
     return (((bits >> 32) & 0xFFFFFFFF) * size) >> 32
 
 
+def uniform_float(bits: Tensor) -> Tensor:
+    """64 random `bits` to the middle of one of 2^53 equal parts of (0, 1), float64."""
+    return (((bits >> 11) & ((1 << 53) - 1)).double() + 0.5) / 2.0**53
+
+
 def shuffled(key: Tensor, size: int) -> Tensor:
     """A uniformly random order of range(size) for each of the `key`s [k], int64 [k, size].
 

@@ -31,11 +31,13 @@ from decentral.algorithms.zeroth_order import ZerothOrder
 from decentral.asynchronous import AsynchronousRule
 from decentral.clock import clock_options
 from decentral.comm import Comm
-from decentral.config import Config, TaskConfig
+from decentral.config import ChurnFault, Config, CutFault, DelayFault, LoseFault, TaskConfig
 from decentral.draws import hash64
 from decentral.errors import UserError
 from decentral.event_queue import Matchings, acceleration
+from decentral.faults import Faults
 from decentral.gradients import FlatModel, ModuleGradient
+from decentral.mixing import Mixing
 from decentral.optimizers import (
     MakeOptimizer,
     MakeScheduler,
@@ -67,6 +69,7 @@ class Experiment:
     shards: list[Tensor]
     make_optimizer: MakeOptimizer
     make_scheduler: MakeScheduler | None
+    faults: Faults
     matchings: Matchings | None = None  # of an asynchronous method
     _topologies: dict[tuple[int, ...], Topology] = field(default_factory=dict)  # of some workers
 
@@ -117,6 +120,18 @@ class Experiment:
             gossip_period=algorithm.gossip_period,
             group_period=algorithm.schedule.group_period,
             average_buffers=self.config.buffers == "average",
+        )
+
+    def mixing(self, members: Sequence[int], topology: Topology | None) -> Mixing | None:
+        """Who of `members` averages with whom at each step; None without a topology."""
+        if topology is None:
+            return None
+        return Mixing(
+            topology,
+            self.faults,
+            members,
+            turn_steps=self.algorithm.gossip_period,
+            sender_keeps=self.algorithm.rule.requires == "column-stochastic",
         )
 
     def topology_of(self, members: Sequence[int]) -> Topology | None:
@@ -178,6 +193,7 @@ def build(config: Config, topology: Topology | None = None) -> Experiment:
     algorithm = _algorithm(config)
     _check_gradient(config, algorithm)
     topology = topology or _topology(config, algorithm)
+    faults = _faults(config, algorithm, topology)
     make_optimizer = optimizer(config.optimizer.name, config.optimizer.options)
     make_scheduler = None
     if config.lr_schedule is not None:
@@ -207,6 +223,7 @@ def build(config: Config, topology: Topology | None = None) -> Experiment:
         _shards(config, task),
         make_optimizer,
         make_scheduler,
+        faults,
         matchings,
     )
     _try_first_batch(experiment)
@@ -353,6 +370,51 @@ def _check_gradient(config: Config, algorithm: Algorithm) -> None:
             " set dtype=float32",
             "dtype",
         )
+
+
+def _faults(config: Config, algorithm: Algorithm, topology: Topology | None) -> Faults:
+    """The script, held to what the engine, the method and the topology can do with it."""
+    faults = Faults(config.faults, config.seed, config.workers)
+    name, rule = config.algorithm.name, algorithm.rule
+    for number, fault in enumerate(faults.script):
+        key = f"faults.{number}"
+        if isinstance(fault, DelayFault | ChurnFault) and config.engine != "sim":
+            raise UserError(
+                f"{fault.kind} is for the simulator alone; set engine=sim, or take it away", key
+            )
+        if not isinstance(fault, CutFault | LoseFault | DelayFault):
+            continue
+        if topology is None or not algorithm.needs_topology:
+            raise UserError(
+                f"{fault.kind} is of messages between neighbours, and {name} sends none; take it"
+                " away, or use a gossip method",
+                key,
+            )
+        if isinstance(rule, Choco | Relay | AsynchronousRule):
+            why = (
+                "exchanges in pairs, not along W"
+                if isinstance(rule, AsynchronousRule)
+                else "builds on every message before"
+            )
+            raise UserError(
+                f"{name} {why}, so no link can be out; take it away, or use gossip_sgd", key
+            )
+        if isinstance(fault, DelayFault) and isinstance(rule, PushSum):
+            raise UserError(
+                f"{name} sends mass, which would be lost and come twice where a message is as it"
+                " was; take it away, or use gossip_sgd",
+                key,
+            )
+        if isinstance(fault, CutFault) and not any(
+            graph.has_edge(*fault.link) or graph.has_edge(*reversed(fault.link))
+            for graph in topology.graphs
+        ):
+            raise UserError(
+                f"topology {topology.name} has no link between {fault.link[0]} and"
+                f" {fault.link[1]}; name one that it has",
+                f"{key}.link",
+            )
+    return faults
 
 
 def _require_plain_sgd(config: Config, algorithm: Algorithm) -> None:

@@ -11,9 +11,11 @@ gradients and what the optimizer remembers keep the run's dtype. `losses` gives 
 for methods that need no gradient.
 """
 
+import contextlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -113,6 +115,7 @@ class ModuleGradient:
 
     `batches` and `sampler` may be set anew between two steps. Where `measures` is set, a call
     leaves in `variance`, [], the variance of its batches' gradients; it must have two at least.
+    `slowdown`, if set, says how many times as long as it takes a call at a step is to last.
     """
 
     def __init__(
@@ -127,6 +130,7 @@ class ModuleGradient:
         self._model, self._task, self.sampler = model, task, sampler
         self._clip_norm, self._autocast = clip_norm, autocast
         self.batches, self.measures = Batches(accumulate), False
+        self.slowdown: Callable[[int], float] | None = None
         self.variance: Tensor | None = None
         self.parameters = model.x.clone()
         self.buffers = model.b.clone()
@@ -141,6 +145,10 @@ class ModuleGradient:
         self.counters = model.counters()
 
     def __call__(self, step: int) -> Tensor:
+        with self._slowed(step):
+            return self._gradient(step)
+
+    def _gradient(self, step: int) -> Tensor:
         self.value.zero_()
         losses, square = [], 0.0
         for micro in self.batches.of(step):
@@ -161,8 +169,23 @@ class ModuleGradient:
         return self(step).unsqueeze(0)
 
     def losses(self, step: int) -> Tensor:
-        with torch.no_grad():
+        with self._slowed(step), torch.no_grad():
             return torch.stack([self._loss(micro) for micro in self.batches.of(step)]).mean(0)
+
+    @contextlib.contextmanager
+    def _slowed(self, step: int) -> Iterator[None]:
+        """Make what is inside last `slowdown` times as long."""
+        factor = 1.0 if self.slowdown is None else self.slowdown(step)
+        began = self._now_s() if factor > 1 else 0.0
+        yield
+        if factor > 1:
+            time.sleep((factor - 1) * (self._now_s() - began))
+
+    def _now_s(self) -> float:
+        """The time at which all is computed that was asked for."""
+        if self._model.device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def _loss(self, micro: int) -> Tensor:
         batch = self._model.cast(fetch(self._task.train, self.sampler.indices(micro)))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from decentral.draws import hash64
+from decentral.draws import hash64, uniform_float
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -71,13 +71,8 @@ class Variation:
         """The factors of these workers at `step`, float64 of the shape of `workers`."""
         factors = np.ones(len(workers))
         key = hash64(_JITTER, self.seed, torch.from_numpy(workers), step)
-        u, v, w = (_uniform(hash64(key, draw)) for draw in range(3))
+        u, v, w = (uniform_float(hash64(key, draw)).numpy() for draw in range(3))
         if self.jitter is not None:
             factors *= self.jitter(u, v)
         factors[w < self.probability] *= self.slowdown
         return factors
-
-
-def _uniform(bits: torch.Tensor) -> np.ndarray:
-    """64 random bits to the middle of one of 2^53 equal parts of (0, 1)."""
-    return (((bits >> 11) & ((1 << 53) - 1)).double() + 0.5).numpy() / 2.0**53

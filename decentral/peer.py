@@ -14,13 +14,14 @@ from torch import Tensor
 from decentral.comm import (
     Decode,
     Event,
+    History,
     accumulation_dtype,
     all_reduce_bytes,
     as_it_is,
     nbytes,
 )
 from decentral.errors import StepError
-from decentral.topology import Topology
+from decentral.mixing import Mixing
 
 
 class PeerError(StepError):
@@ -80,16 +81,15 @@ class PeerComm:
     messages: the first of `groups` those to a higher rank, the second those to a lower one. NCCL
     needs none. Buffers on a GPU are staged through host memory where the backend is gloo.
 
-    `own_group` averages by itself, where the method has such groups. turn_steps: the steps that
-    one turn of the topology's sequence lasts.
+    `own_group` averages by itself, where the method has such groups. What does not come at a step
+    is not sent either: both ends know it from `mixing`.
     """
 
     def __init__(
         self,
-        topology: Topology | None,
+        mixing: Mixing | None,
         ways: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
         own_group: dist.ProcessGroup | None = None,
-        turn_steps: int = 1,
         patience: Patience | None = None,
     ):
         self.rank = dist.get_rank()
@@ -99,16 +99,20 @@ class PeerComm:
         self.failure: PeerError | None = None
         self.patience = patience or Patience(10.0, 300.0)
         self.events: list[Event] = []
+        self.history: History = {}  # nothing comes late here
         self._up, self._down = ways or (None, None)
         self._own_group = own_group
-        self._turn_steps = turn_steps
         self._host = dist.get_backend() == "gloo"
-        self._plans = [_exchange_plan(w, self.rank) for w in topology.matrices] if topology else []
+        self._mixing = mixing
+        # By id: those of the topology stay, and of the others the last, with its matrix.
+        self._intact = (
+            {id(W): _exchange_plan(W, self.rank) for W in mixing.matrices} if mixing else {}
+        )
+        self._other: tuple[csr_array, _Plan] | None = None
         self._received: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
 
     def mix(self, message: Tensor, step: int, decode: Decode = as_it_is) -> Tensor:
-        turn = step // self._turn_steps
-        own_weight, heard, hearers = self._plans[turn % len(self._plans)]
+        own_weight, heard, hearers = self._plan(step)
         own = decode(message)
         if self._host:
             message = message.cpu()
@@ -175,7 +179,18 @@ class PeerComm:
 
     @property
     def _neighbours(self) -> list[int]:
-        return self._plans[0][2]
+        assert self._mixing is not None, "the method has a topology"
+        return self._intact[id(self._mixing.matrices[0])][2]
+
+    def _plan(self, step: int) -> "_Plan":
+        assert self._mixing is not None, "the method has a topology"
+        W = self._mixing.matrix(step)
+        intact = self._intact.get(id(W))
+        if intact is not None:
+            return intact
+        if self._other is None or self._other[0] is not W:
+            self._other = W, _exchange_plan(W, self.rank)
+        return self._other[1]
 
     def _all_reduce(
         self,
@@ -289,7 +304,10 @@ def own_group(
     return own
 
 
-def _exchange_plan(matrix: csr_array, rank: int) -> tuple[float, dict[int, float], list[int]]:
+_Plan = tuple[float, dict[int, float], list[int]]
+
+
+def _exchange_plan(matrix: csr_array, rank: int) -> _Plan:
     """Own weight, {peer heard: weight}, and the peers that hear this worker, from W."""
     row = matrix[[rank], :].tocoo()
     heard = {int(j): float(w) for j, w in zip(row.col, row.data, strict=True)}

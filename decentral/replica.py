@@ -427,6 +427,7 @@ class Replica:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "bytes_sent": self.comm.bytes_sent,
+            "history": self.comm.history,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -441,6 +442,10 @@ class Replica:
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.comm.bytes_sent = state["bytes_sent"]
+        self.comm.history = {
+            number: [(step, x.to(device, copy=True)) for step, x in past]
+            for number, past in state["history"].items()
+        }
 
 
 def filled(blank: dict[str, Any]) -> dict[str, Any]:

@@ -79,11 +79,22 @@ def validation_error(error: ValidationError, prefix: str = "") -> UserError:
             rule = "is not a known key; check its spelling or take it away"
         elif fault["type"] == "missing":
             rule = "is required; set it"
+        elif fault["type"] == "union_tag_not_found":
+            path, rule = f"{path}.{_discriminator(fault)}", "is required; set it"
+        elif fault["type"] == "union_tag_invalid":
+            path = f"{path}.{_discriminator(fault)}"
+            context = fault.get("ctx", {})
+            rule = f"must be one of {context['expected_tags']}; got {context['tag']!r}"
         else:
             message = fault["msg"].removeprefix("Value error, ")
             rule = f"{message[0].lower()}{message[1:]}; got {fault['input']!r}"
         faults[f"{path}: {rule}"] = None
     return UserError(rule, path) if len(faults) == 1 else UserError("\n".join(faults))
+
+
+def _discriminator(fault: Any) -> str:
+    """The key by which pydantic tells the members of a union apart."""
+    return fault["ctx"]["discriminator"].strip("'")
 
 
 def _options(function: Callable[..., Any], given: Collection[str]) -> dict[str, tuple[Any, Any]]:

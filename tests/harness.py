@@ -6,6 +6,7 @@ from decentral import topology as topologies
 from decentral.batches import Batches
 from decentral.comm import StackedComm, consecutive_groups
 from decentral.draws import hash64
+from decentral.mixing import Mixing
 from decentral.optimizers import optimizer
 from decentral.replica import Replica, Segment
 
@@ -34,17 +35,15 @@ class Quadratic:
 
 
 def replica_of(algorithm, problem, topology=None, name="sgd", average_buffers=True, **options):
-    matrices = topology.matrices if topology else ()
     n = len(problem.parameters)
     return Replica(
         problem,
         algorithm.rule,
         StackedComm(
             n,
-            matrices,
+            Mixing(topology, turn_steps=algorithm.gossip_period) if topology else None,
             torch.float64,
             groups=consecutive_groups(n, algorithm.schedule.groups),
-            turn_steps=algorithm.gossip_period,
         ),
         optimizer(name, {"lr": 0.1, **options}),
         None,

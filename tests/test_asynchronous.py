@@ -21,6 +21,7 @@ from decentral.algorithms.a2cid2 import A2CiD2
 from decentral.asynchronous import AsynchronousRule, Settings, StackedReplicas
 from decentral.comm import StackedComm
 from decentral.event_queue import EventQueue, Matchings, acceleration, rounds
+from decentral.mixing import Mixing
 from decentral.optimizers import lr_schedule, optimizer
 from decentral.replica import Averaging, Moment, Segment
 from decentral.timeline import Timeline
@@ -45,7 +46,7 @@ def rule_of(name, **options):
 
 def replica_of(name, problem, make=None, rule=None):
     rule = rule or rule_of(name)
-    comm = StackedComm(len(problem.parameters), (), torch.float64)
+    comm = StackedComm(len(problem.parameters), None, torch.float64)
     return StackedReplicas(problem, rule, comm, make or optimizer("sgd", {"lr": LR}), None)
 
 
@@ -274,7 +275,7 @@ def test_gradients_take_the_learning_rate_of_the_step_that_they_fall_to():
     problem = OwnSteps(n=2)
     problem.c.fill_(1.0)
     schedule = lr_schedule("step", {"milestones": [1], "gamma": 0.5}, 10)
-    comm = StackedComm(2, (), torch.float64)
+    comm = StackedComm(2, None, torch.float64)
     make = optimizer("sgd", {"lr": LR})
     replica = StackedReplicas(problem, rule_of("ad_psgd"), comm, make, schedule)
     moments = [Moment(kind, 0, number, 1.0) for number in range(4) for kind in ("start", "finish")]
@@ -360,7 +361,7 @@ class Counting(OwnSteps):
 
 @pytest.mark.parametrize("average_buffers", [True, False])
 def test_running_statistics_go_along_with_the_model_or_stay(average_buffers):
-    comm = StackedComm(N, (), torch.float64)
+    comm = StackedComm(N, None, torch.float64)
     make = optimizer("sgd", {"lr": LR})
     replica = StackedReplicas(
         Counting(), rule_of("ad_psgd"), comm, make, None, average_buffers=average_buffers
@@ -471,7 +472,7 @@ def run_on_peer(rank, name):
     replica = PeerReplica(
         Own(),
         rule_of(name),
-        PeerComm(topology, two_ways()),
+        PeerComm(Mixing(topology), two_ways()),
         optimizer("sgd", {"lr": LR}),
         None,
         matchings=Matchings(GRAPH, 0),

@@ -7,6 +7,7 @@ from processes import run_on_ranks
 
 from decentral import topology as topologies
 from decentral.comm import StackedComm, all_reduce_bytes
+from decentral.mixing import Mixing
 from decentral.peer import PeerComm, two_ways
 
 CASES = [
@@ -31,7 +32,7 @@ def mix_on_peer(rank, n):
     seen = {}
     for name, options in CASES:
         for dtype in DTYPES:
-            comm = PeerComm(topologies.build(n, name, **options), groups)
+            comm = PeerComm(Mixing(topologies.build(n, name, **options)), groups)
             x = start(n, dtype)[rank].clone()
             for step in range(2):  # less than a period: circulant matrices commute
                 x = comm.mix(x, step).to(dtype)
@@ -54,7 +55,7 @@ def test_stacked_and_peer_mixing_agree(n):
     for name, options in CASES:
         topology = topologies.build(n, name, **options)
         for dtype in DTYPES:
-            comm = StackedComm(n, topology.matrices, dtype)
+            comm = StackedComm(n, Mixing(topology), dtype)
             x = start(n, dtype)
             for step in range(2):
                 x = comm.mix(x, step).to(dtype)
@@ -71,7 +72,7 @@ def test_stacked_and_peer_mixing_agree(n):
 @pytest.mark.parametrize("name", ["ring", "exponential", "one_peer_exponential"])
 def test_stacked_mixing_is_the_matrix_product_of_its_step(name):
     topology = topologies.build(5, name)
-    comm = StackedComm(5, topology.matrices, torch.float64)
+    comm = StackedComm(5, Mixing(topology), torch.float64)
     x = start(5, torch.float64)
     for step in range(4):
         expected = topology.matrix(step).toarray() @ x.numpy()
@@ -80,7 +81,7 @@ def test_stacked_mixing_is_the_matrix_product_of_its_step(name):
 
 
 def test_bytes_are_those_of_the_messages():
-    comm = StackedComm(6, topologies.build(6, "ring").matrices, torch.float32)
+    comm = StackedComm(6, Mixing(topologies.build(6, "ring")), torch.float32)
     x = torch.zeros(6, 10)
     comm.mix(x, 0)
     assert comm.bytes_sent == 6 * 2 * 40  # six workers, two neighbours each, ten floats

@@ -348,7 +348,15 @@ def assert_gone(pids):
 
 
 def test_a_killed_worker_is_named_at_once(cluster):
-    config = load(QUICKSTART, {"workers": 4, "steps": 100_000, "record.every": 50_000})
+    config = load(
+        QUICKSTART,
+        {
+            "workers": 4,
+            "steps": 100_000,
+            "record.every": 50_000,
+            "on_worker_failure": "stop",
+        },
+    )
     experiment = build(config)
     engine = RayEngine(experiment)
     try:
@@ -363,7 +371,7 @@ def test_a_killed_worker_is_named_at_once(cluster):
                 pass
         assert time.monotonic() - killed < 15
     finally:
-        pids = [pid for _, pid in engine._nodes]
+        pids = [pid for _, pid in engine._nodes.values()]
         engine.close()
     assert_gone(pids)
 

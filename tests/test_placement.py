@@ -198,12 +198,12 @@ def scattered():
             assert address.startswith("node")
             return super().listen("127.0.0.1")
 
-        def connect(self, address, port, own_address):
+        def connect(self, address, port, own_address, group, blank=None):
             assert own_address == self._said
-            super().connect("127.0.0.1", port, "127.0.0.1")
+            super().connect("127.0.0.1", port, "127.0.0.1", group, blank)
 
-        def rank_and_node(self):
-            return self._rank, self._said
+        def number_and_node(self):
+            return self._number, self._said
 
     ray.init(
         num_cpus=6,
@@ -225,7 +225,7 @@ def test_neighbours_share_nodes_and_the_records_are_the_same(quick, scattered, p
     engine = RayEngine(experiment, said.append, scattered)
     try:
         records = [record for record in Coordinator(experiment, engine).run() if record]
-        by_rank = dict(ray.get([actor.rank_and_node.remote() for actor in scattered]))
+        by_rank = dict(ray.get([actor.number_and_node.remote() for actor in scattered]))
     finally:
         engine.close()
     nodes = [by_rank[rank] for rank in range(6)]

@@ -13,7 +13,8 @@ class PushSum:
         z      = x / w
 
     P is column-stochastic: it keeps the sum, and x / w converges to the mean. The model that
-    trains, and is evaluated, is z. State: one float.
+    trains, and is evaluated, is z; float buffers go with it, as sums of w times their values.
+    State: one float.
 
     Source: Assran et al. 2019 (arXiv 1811.10792), algorithm 1. Prefer it on directed graphs that
     are not regular; on others it is gossip with one float more.
@@ -32,8 +33,10 @@ class PushSum:
         z.mul_(weight)  # x, until the division below
         replica.descend(gradient)
         replica.record(z / weight)
-        mass = torch.cat([z, weight], dim=-1)
+        buffers = replica.shared_buffers
+        mass = torch.cat([z, weight * buffers, weight], dim=-1)
         replica.mix_(mass)
-        weight.copy_(mass[..., -1:])
-        torch.div(mass[..., :-1], weight, out=z)
-        replica.mix_(replica.shared_buffers)
+        x, sums, held = mass.split([z.shape[-1], buffers.shape[-1], 1], dim=-1)
+        weight.copy_(held)
+        torch.div(x, weight, out=z)
+        torch.div(sums, weight, out=buffers)

@@ -37,16 +37,13 @@ class Simulator:
         experiment, config = self._experiment, self._experiment.config
         n = len(self.members)
         sampler = experiment.sampler(list(self.members), self.members)
-        topology = experiment.topology_of(self.members)
-        matrices = topology.matrices if topology else ()
         algorithm = experiment.algorithm
         groups = consecutive_groups(n, algorithm.schedule.groups)
         gradient = StackedGradient(
             self._model, experiment.task, sampler, n, **config.gradient.model_dump()
         )
-        comm = StackedComm(
-            n, matrices, experiment.dtype, config.sim.device, groups, algorithm.gossip_period
-        )
+        mixing = experiment.mixing(self.members, experiment.topology_of(self.members))
+        comm = StackedComm(n, mixing, experiment.dtype, config.sim.device, groups)
         if isinstance(algorithm.rule, AsynchronousRule):
             return StackedReplicas(
                 gradient,
@@ -76,7 +73,8 @@ class Simulator:
         self._members = tuple(members)
         replica = self._replicas()
         assert isinstance(replica, Replica)
-        replica.load_state_dict(rows_of(state, rows, len(before)))
+        # What is on its way while workers go or come is lost.
+        replica.load_state_dict(rows_of(state, rows, len(before)) | {"history": {}})
         replica.regroup(
             replica.comm,
             torch.tensor([worker in new for worker in members], device=device) if new else None,

@@ -149,7 +149,8 @@ class Worker:
             # NCCL opens its connections at the first collective; point to point needs them.
             dist.all_reduce(torch.zeros(1, device=self._device))
         patience = Patience(experiment.config.ray.patience, self._timeout.total_seconds())
-        comm = PeerComm(group.topology, ways, own, algorithm.gossip_period, patience)
+        mixing = experiment.mixing(group.members, group.topology)
+        comm = PeerComm(mixing, ways, own, patience)
         self._comm = comm
         sampler = experiment.sampler([self._number], group.members)
         if self._replica is None:
@@ -169,6 +170,7 @@ class Worker:
         experiment, algorithm = self._experiment, self._experiment.algorithm
         options = experiment.config.gradient.model_dump()
         self._gradient = ModuleGradient(self._model, experiment.task, sampler, **options)
+        self._gradient.slowdown = experiment.faults.slowdown_of(self._number)
         if isinstance(algorithm.rule, AsynchronousRule):
             assert experiment.matchings is not None, "set for asynchronous methods"
             assert self._store is not None, "connect has opened it"
