@@ -84,10 +84,20 @@ class Worker:
 
         Called on worker 0 alone, before all workers `connect`.
         """
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        # Left to itself the store listens on every interface. The socket becomes its own to close.
+        listening = socket.create_server((address, 0), family=family)
+        port = listening.getsockname()[1]
         self._store = dist.TCPStore(
-            address, 0, self._n, is_master=True, wait_for_workers=False, timeout=self._timeout
+            address,
+            port,
+            self._n,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=self._timeout,
+            master_listen_fd=listening.detach(),
         )
-        return self._store.port
+        return port
 
     def connect(self, address: str, port: int, own_address: str) -> None:
         """Meet the other workers at address:port and open the process groups."""
