@@ -16,7 +16,6 @@ import pytest
 import ray
 import yaml
 
-from decentral import UserError
 from decentral.config import load
 from decentral.engines.ray import RayEngine, _token
 from decentral.engines.worker import Surroundings, Worker
@@ -156,7 +155,7 @@ def test_a_run_of_our_own_is_closed_to_others(no_token, quick):
                 assert not joins(address, {"RAY_AUTH_MODE": "disabled"})
                 wrong = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "5" * 64}
                 assert not joins(address, wrong)
-                everywhere = sum(made.ask(own_addresses), [])
+                everywhere = [ip for ips in made.ask(own_addresses) for ip in ips]
                 me = psutil.Process()
                 for process in [me, *me.children(recursive=True)]:
                     everywhere += listening(process)
