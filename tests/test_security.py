@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+import ray._private.worker
 import yaml
 
 from decentral.config import load

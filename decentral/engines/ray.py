@@ -311,8 +311,8 @@ def _token() -> Iterator[None]:
 def _read_token_again() -> None:
     """Ray reads the mode when it is imported, and the token at first use."""
     try:
-        from ray._raylet import AuthenticationTokenLoader
-        from ray._raylet import Config as RaySettings
+        from ray._raylet import AuthenticationTokenLoader  # pyright: ignore
+        from ray._raylet import Config as RaySettings  # pyright: ignore
     except ImportError:
         return  # a Ray without token authentication
     RaySettings.initialize("")  # first: while the mode says token, Ray aborts where there is none

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import networkx as nx
+from networkx.readwrite.graph6 import data_to_n
 
 from decentral.errors import UserError
 
@@ -93,7 +94,7 @@ def _read_sparse6(path: Path) -> nx.Graph:
     with _open(path) as stream:
         head = stream.readline().strip().removeprefix(b">>sparse6<<").removeprefix(b":")
     # Eight bytes can tell of 2^36 nodes. networkx makes them all, edges or not.
-    nodes, _ = nx.readwrite.graph6.data_to_n([byte - 63 for byte in head[:8]])
+    nodes, _ = data_to_n([byte - 63 for byte in head[:8]])
     if nodes > MOST_NODES:
         raise ValueError(f"it tells of {nodes} nodes, more than {MOST_NODES}")
     return nx.read_sparse6(path)
