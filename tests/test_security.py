@@ -163,7 +163,9 @@ def test_a_run_of_our_own_is_closed_to_others(no_token, quick):
                 assert len(everywhere) > 4  # of Ray's own processes and of the workers
                 for ip in everywhere:
                     assert ipaddress.ip_address(ip.removeprefix("::ffff:")).is_loopback
-                session = ray._private.worker._global_node.get_session_dir_path()
+                node = ray._private.worker._global_node
+                assert node is not None
+                session = node.get_session_dir_path()
                 assert not holds(Path(session), tokens[0])
         assert token_settings() == {}
     assert tokens[0] != tokens[1]
