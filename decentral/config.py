@@ -5,6 +5,7 @@ options of a task, a topology, an algorithm) is checked where it is built: see e
 """
 
 import difflib
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,14 @@ from pydantic import (
 
 from decentral.errors import UserError
 from decentral.signature import validation_error
+
+MOST_WORKERS = 100_000
+MOST_BATCHES = 1_000_000  # a step
+# Beyond these nothing is a config; but aliases of YAML can multiply a few lines to as many.
+MOST_BYTES = 2**18
+MOST_VALUES = 100_000
+MOST_CHARACTERS = 4096  # of a text; Linux's longest path
+DEEPEST = 32
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -80,7 +89,7 @@ class NormTestConfig(_Section):
 
     tolerance: Positive
     every: PositiveInt = 10
-    max_accumulate: PositiveInt
+    max_accumulate: Annotated[int, Field(gt=0, le=MOST_BATCHES)]
 
 
 class GradientConfig(_Section):
@@ -92,7 +101,7 @@ class GradientConfig(_Section):
     """
 
     clip_norm: Positive | None = None
-    accumulate: PositiveInt = 1
+    accumulate: Annotated[int, Field(gt=0, le=MOST_BATCHES)] = 1
     autocast: Literal["bfloat16"] | None = None
 
 
@@ -296,7 +305,7 @@ class Config(_Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "run"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    workers: PositiveInt
+    workers: Annotated[int, Field(gt=0, le=MOST_WORKERS)]
     min_workers: PositiveInt | None = None
     on_worker_failure: Literal["replace", "shrink", "stop"] = "replace"
     steps: PositiveInt
@@ -350,8 +359,10 @@ def load(
 
 def override(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """A copy with dotted keys set. Raises UserError where one leads through what is no section."""
+    _check_size(raw)
     changed = _copy(raw)
     for key, value in overrides.items():
+        _check_size(value, key)
         _override(changed, key, value)
     return changed
 
@@ -364,9 +375,9 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
         if not equals or not key:
             raise UserError(f"an override is key=value, for example steps=100; got {word!r}")
         try:
-            overrides[key] = yaml.load(value, Loader=_Loader)
-        except yaml.YAMLError:
-            raise UserError(f"the value is not YAML; got {value!r}", key) from None
+            overrides[key] = _parse(value)
+        except ValueError:
+            raise UserError(f"the value is not YAML; got {value!r:.80}", key) from None
     return overrides
 
 
@@ -377,6 +388,12 @@ def dump(config: Config) -> str:
 
 class _Loader(yaml.SafeLoader):
     """safe_load that also reads 1e-3 as a number, as YAML 1.2 and every user do."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merge keys (<<), but not more than anybody would write."""
+        super().flatten_mapping(node)
+        if len(node.value) > 1000:
+            raise yaml.YAMLError("a mapping of more than 1000 keys")
 
 
 class _Dumper(yaml.SafeDumper):
@@ -393,14 +410,66 @@ for _kind in (_Loader, _Dumper):
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise UserError(f"cannot read the config {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        with open(path, "rb") as file:
+            content = file.read(MOST_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read the config {path}: {reason}") from None
+    if len(content) > MOST_BYTES:
+        raise UserError(f"{path} is no config: it has more than {MOST_BYTES} bytes")
+    try:
+        raw = _parse(content.decode())
+    except ValueError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    _check_size(raw)
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold a mapping of keys such as workers: 8; got {raw!r:.80}")
     return raw
+
+
+def _parse(text: str) -> Any:
+    """The value that YAML text stands for: data alone, no object of Python's. Raises ValueError."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except Exception as error:  # the parser raises whatever it trips over, as at 2026-99-99
+        raise ValueError(str(error) or type(error).__name__) from None
+
+
+def _check_size(value: Any, key: str | None = None) -> None:
+    """Raise UserError for values that no config has: too many or too deep, among them those that
+    contain themselves, integers beyond 64 bits, texts that no file name could be."""
+    waiting: list[tuple[Any, str | None, int]] = [(value, key, (key or "").count("."))]
+    seen = 0
+    while waiting:
+        item, path, depth = waiting.pop()
+        seen += 1
+        if seen > MOST_VALUES or depth > DEEPEST:
+            raise UserError(
+                f"a config has at most {MOST_VALUES} values, nested {DEEPEST} deep; this one has"
+                " more. If it uses aliases (*name), write out what they stand for",
+                None if path is None else path[:80],
+            )
+        if isinstance(item, int) and not -(2**63) <= item < 2**63:
+            raise UserError("an integer is of 64 bits at most; take a smaller one", path)
+        if isinstance(item, str) and (len(item) > MOST_CHARACTERS or not _is_text(item)):
+            raise UserError(
+                f"a text has at most {MOST_CHARACTERS} characters, none of them null or half of a"
+                f" pair; got {item!r:.80}",
+                path,
+            )
+        if isinstance(item, Mapping):
+            waiting += [(name, path, depth) for name in item]
+            children = item.items()
+        else:
+            children = enumerate(item) if isinstance(item, list | tuple) else ()
+        prefix = "" if path is None else f"{path}."
+        waiting += [(child, f"{prefix}{name}", depth + 1) for name, child in children]
+
+
+def _is_text(text: str) -> bool:
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _copy(value: Any) -> Any:
@@ -471,7 +540,7 @@ def _find_graphs(raw: dict[str, Any], folder: Path) -> None:
             continue
         name = section.get("file")
         if isinstance(name, str):
-            beside = not Path(name).exists() and (folder / name).exists()
+            beside = not os.path.exists(name) and os.path.exists(folder / name)
             section["file"] = str((folder / name if beside else Path(name)).absolute())
 
 

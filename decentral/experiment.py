@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -208,6 +209,7 @@ def build(config: Config, topology: Topology | None = None) -> Experiment:
     if make_scheduler is not None:
         check_schedule(make_scheduler, make_optimizer, config.steps)
     clock_options(config, topology, algorithm)
+    _check_memory(config, task)
     matchings = None
     if isinstance(algorithm.rule, AsynchronousRule):
         assert topology is not None
@@ -487,6 +489,12 @@ def _task(config: Config) -> Task:
     except UserError:
         raise
     except Exception as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise UserError(
+                f"{name} does not fit into the memory of this machine; make its data or its model"
+                " smaller",
+                "task",
+            ) from None
         if builtin:
             raise
         raise UserError(f"{name} failed: {_where(error)}", "task.name") from error
@@ -495,6 +503,32 @@ def _task(config: Config) -> Task:
     if not any(p.requires_grad for p in task.model.parameters()):
         raise UserError(f"the model of {name} has no parameter that trains", "task.name")
     return task
+
+
+def _check_memory(config: Config, task: Task) -> None:
+    """Refuse what cannot fit: the replicas that this process holds, and the batches of a step.
+
+    A lower bound: parameters and gradients, samples and their indices, and nothing else.
+    """
+    replicas = config.workers if config.engine == "sim" else 1
+    parameters = sum(p.numel() for p in task.model.parameters())
+    sample = sum(torch.as_tensor(part).nbytes for part in task.train[0])
+    itemsize = DTYPES[config.dtype].itemsize
+    needs = {
+        "workers": replicas * 2 * parameters * itemsize,
+        "task.batch_size": replicas * config.task.batch_size * (8 + sample),
+    }
+    total = psutil.virtual_memory().total
+    if config.engine == "sim" and config.sim.device == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+    for key, size in needs.items():
+        if size > total:
+            raise UserError(
+                f"{replicas} workers would need more than {size / 1e9:.3g} GB in one process, of"
+                f" {total / 1e9:.3g} GB that there are; take fewer workers, a smaller model or"
+                " smaller batches",
+                key,
+            )
 
 
 def _import(path: str) -> Callable[..., Any]:

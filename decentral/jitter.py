@@ -15,8 +15,8 @@ from pydantic import Field
 
 from decentral.draws import hash64, uniform_float
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Sigma = Annotated[float, Field(gt=0, le=10)]  # at 10 hardly any factor is above 1e-6
 Tail = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 
 # Two uniform draws in (0, 1), float64 arrays of one shape, to factors of mean 1.
@@ -25,7 +25,7 @@ Jitter = Callable[[np.ndarray, np.ndarray], np.ndarray]
 _JITTER = int.from_bytes(b"jitter", "little")  # apart from other uses of the same seed
 
 
-def lognormal(sigma: Positive) -> Jitter:
+def lognormal(sigma: Sigma) -> Jitter:
     """exp(sigma z - sigma^2 / 2) with z normal: many small causes that multiply."""
 
     def factor(u: np.ndarray, v: np.ndarray) -> np.ndarray:

@@ -7,16 +7,19 @@ through torch.distributed. The only module that imports ray.
 import logging
 import math
 import os
+import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray._private import ray_constants
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from torch import Tensor
 
 from decentral import placement
@@ -58,7 +61,7 @@ class RayEngine:
         self._bytes: dict[int, int] = {}  # that each worker has sent; -1: those that are gone
         self._settled = False  # whether a segment has come back whole since workers came
         config = experiment.config
-        self._owns_cluster = _connect(config.ray, config.workers)
+        self._cluster = _connect(config.ray, config.workers)
         try:
             if self._owns_actors:
                 fitting = _fitting(config)
@@ -219,9 +222,7 @@ class RayEngine:
             for actor in [*self._actors.values(), *starting]:
                 ray.kill(actor)
         self._actors, self._starting = {}, {}
-        if self._owns_cluster:
-            self._owns_cluster = False
-            ray.shutdown()
+        self._cluster.close()
 
     def _build(self, actors: list[Any], say: Callable[[str], None]) -> None:
         experiment = self._experiment
@@ -449,32 +450,93 @@ def start_actors(config: RayConfig, workers: int) -> list[Any]:
     return [make.remote() for _ in range(workers)]
 
 
-def _connect(config: RayConfig, workers: int) -> bool:
-    """Join a cluster, or start a local one: returns whether it is ours to shut down."""
-    if ray.is_initialized():
-        return False
-    if config.address is not None:
-        try:
-            _reach(config.address)
-            ray.init(address=config.address, logging_level=logging.ERROR)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"cannot join a Ray cluster at {config.address!r} ({error}); start one with"
-                " `ray start --head`, or take ray.address away for a local one. If it is there and"
-                " wants a token, set RAY_AUTH_MODE=token in the environment, or say auto",
-                "ray.address",
-            ) from None
-        return True
-    # More logical CPUs than there are: a laptop may hold more workers than it has cores.
-    cpus = max(os.cpu_count() or 1, math.ceil(workers * config.cpus_per_worker))
-    ray.init(
-        address="local",
-        num_cpus=cpus,
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-        object_store_memory=128 * 2**20,
-    )
-    return True
+def _connect(config: RayConfig, workers: int) -> ExitStack:
+    """Join a cluster, or start a local one: returns what leaves it, or shuts it down, on close.
+
+    A cluster that this process is in already is left as it is.
+    """
+    with ExitStack() as cluster:
+        if ray.is_initialized():
+            pass
+        elif config.address is not None:
+            try:
+                _reach(config.address)
+                ray.init(address=config.address, logging_level=logging.ERROR)
+            except (OSError, ValueError, RayError) as error:
+                raise UserError(
+                    f"cannot join a Ray cluster at {config.address!r} ({error}); start one with"
+                    " `ray start --head`, or take ray.address away for a local one. If it is there"
+                    " and wants a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the"
+                    " cluster's in the environment, or say auto",
+                    "ray.address",
+                ) from None
+            cluster.callback(ray.shutdown)
+        else:
+            cluster.enter_context(_token())
+            # More logical CPUs than there are: a laptop may hold more workers than it has cores.
+            cpus = max(os.cpu_count() or 1, math.ceil(workers * config.cpus_per_worker))
+            with _on_loopback():
+                ray.init(
+                    address="local",
+                    num_cpus=cpus,
+                    include_dashboard=False,
+                    logging_level=logging.ERROR,
+                    object_store_memory=128 * 2**20,
+                )
+            cluster.callback(ray.shutdown)
+        return cluster.pop_all()
+
+
+@contextmanager
+def _token() -> Iterator[None]:
+    """Token authentication for the cluster that is started inside.
+
+    The token is a fresh one in the environment of this process, which Ray's processes inherit, and
+    nowhere else: Ray by itself would write one to the home directory. A mode or a token that the
+    user has set in the environment is kept.
+    """
+    before = {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+    if (before["RAY_AUTH_MODE"] or "token").lower() != "token":
+        yield
+        return
+    os.environ["RAY_AUTH_MODE"] = "token"
+    if not (before["RAY_AUTH_TOKEN"] or os.environ.get("RAY_AUTH_TOKEN_PATH")):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    _read_token_again()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        _read_token_again()
+
+
+def _read_token_again() -> None:
+    """Ray reads the mode when it is imported, and the token at first use."""
+    try:
+        from ray._raylet import AuthenticationTokenLoader  # pyright: ignore
+        from ray._raylet import Config as RaySettings  # pyright: ignore
+    except ImportError:
+        return  # a Ray without token authentication
+    RaySettings.initialize("")  # first: while the mode says token, Ray aborts where there is none
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Ray's processes listen on 127.0.0.1 alone, as they do by default on macOS and Windows.
+
+    ray.init turns a loopback `_node_ip_address` into the host's own, and then listens everywhere.
+    """
+    before = getattr(ray_constants, "ENABLE_RAY_CLUSTER", None)  # of Ray's own, and none of its API
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _reach(address: str) -> None:

@@ -113,10 +113,19 @@ class Worker:
 
         Called on the first member alone, before all `connect`.
         """
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        # Left to itself the store listens on every interface. The socket becomes its own to close.
+        listening = socket.create_server((address, 0), family=family)
+        port = listening.getsockname()[1]
         self._store = dist.TCPStore(
-            address, 0, is_master=True, wait_for_workers=False, timeout=self._timeout
+            address,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=self._timeout,
+            master_listen_fd=listening.detach(),
         )
-        return self._store.port
+        return port
 
     def connect(
         self,

@@ -11,11 +11,13 @@ import gzip
 import inspect
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import networkx as nx
+from networkx.readwrite.graph6 import data_to_n
 
 from decentral.errors import UserError
 
@@ -28,6 +30,9 @@ EDGE_ATTRIBUTES: dict[str, tuple[str, Callable[[float], bool]]] = {
 NODE_ATTRIBUTES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "compute_scale": ("a number > 0", lambda value: value > 0),
 }
+
+MOST_BYTES = 2**26  # of a file, unpacked: a million links
+MOST_NODES = 100_000
 
 
 def read(path: str | Path, key: str = "topology.file") -> nx.Graph:
@@ -48,9 +53,10 @@ def read(path: str | Path, key: str = "topology.file") -> nx.Graph:
             f"but this one is {path.name}; convert it, best to .gml",
             key=key,
         )
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"there is no topology file {path}; correct the path", key=key)
     try:
+        _check_size(path)
         graph = reader(path)
     except Exception as error:  # each parser raises whatever it trips over
         reason = str(error).partition("\n")[0] or type(error).__name__
@@ -58,6 +64,8 @@ def read(path: str | Path, key: str = "topology.file") -> nx.Graph:
             f"cannot read topology file {path.name} as {_suffix(path)}: {reason}; correct the file",
             key=key,
         ) from error
+    if len(graph) > MOST_NODES:
+        raise UserError(f"{path.name} has {len(graph)} nodes, more than {MOST_NODES}", key=key)
     if len(graph) == 0:
         raise UserError(f"topology file {path.name} has no nodes; it needs at least one", key=key)
     graph = _simple(graph, path, key)
@@ -66,6 +74,30 @@ def read(path: str | Path, key: str = "topology.file") -> nx.Graph:
     for number, name in enumerate(graph):
         numbered.nodes[number].setdefault("label", name)
     return numbered
+
+
+def _check_size(path: Path) -> None:
+    """Raise ValueError for a file that would unpack to more than anybody's network."""
+    with _open(path) as stream:
+        size = 0
+        while block := stream.read(2**20):
+            size += len(block)
+            if size > MOST_BYTES:
+                raise ValueError(f"it is longer than {MOST_BYTES} bytes, unpacked")
+
+
+def _open(path: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
+
+
+def _read_sparse6(path: Path) -> nx.Graph:
+    with _open(path) as stream:
+        head = stream.readline().strip().removeprefix(b">>sparse6<<").removeprefix(b":")
+    # Eight bytes can tell of 2^36 nodes. networkx makes them all, edges or not.
+    nodes, _ = data_to_n([byte - 63 for byte in head[:8]])
+    if nodes > MOST_NODES:
+        raise ValueError(f"it tells of {nodes} nodes, more than {MOST_NODES}")
+    return nx.read_sparse6(path)
 
 
 def _read_gml(path: Path) -> nx.Graph:
@@ -82,7 +114,7 @@ def _read_edgelist(path: Path) -> nx.Graph:
 
 
 def _read_json(path: Path) -> nx.Graph:
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+    with _open(path) as stream:
         data = json.load(stream)
     edges = "edges" if "edges" in data else "links"  # networkx wrote "links" up to 3.5
     renamed = "edges" in inspect.signature(nx.node_link_graph).parameters  # from 3.4 on
@@ -102,7 +134,7 @@ READERS: dict[str, Callable[[Path], nx.Graph]] = {
     ".adjlist": nx.read_adjlist,
     ".net": nx.read_pajek,
     ".graph6": nx.read_graph6,
-    ".sparse6": nx.read_sparse6,
+    ".sparse6": _read_sparse6,
 }
 
 

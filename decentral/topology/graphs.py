@@ -24,6 +24,7 @@ from decentral.topology.random_graphs import (
     erdos_renyi,
     random_matchings,
     random_regular,
+    require_links,
     small_world,
 )
 from decentral.topology.sequences import (
@@ -55,6 +56,7 @@ def star(n: int) -> nx.Graph:
 
 def complete(n: int) -> nx.Graph:
     """Everyone with everyone."""
+    require_links("complete", n * (n - 1) // 2, "topology.name")
     return nx.complete_graph(n)
 
 

@@ -18,6 +18,7 @@ from scipy.sparse.csgraph import connected_components
 
 from decentral.errors import UserError
 
+MOST_LINKS = 5_000_000  # about 2 GB as a networkx graph
 DRAWS = 100  # attempts at a connected draw before the options are called unsuitable
 ETA = 0.5  # of a one-peer EquiTopo step: how much of the shift, against staying (Song et al. 2022)
 
@@ -46,6 +47,7 @@ def random_regular(n: int, degree: int = 4, seed: int = 0) -> nx.Graph:
             f"but degree is {degree}; use degree: {least} or more",
             key="topology.degree",
         )
+    require_links("random_regular", n * degree // 2, "topology.degree")
     return _connected(
         lambda rng: nx.random_regular_graph(degree, n, seed=rng),
         n,
@@ -65,6 +67,7 @@ def erdos_renyi(n: int, p: float | None = None, seed: int = 0) -> nx.Graph:
     likely = min(1.0, 2 * math.log(n) / n)
     p = likely if p is None else p
     _require_probability("p", p, likely)
+    require_links("erdos_renyi", round(p * n * (n - 1) / 2), "topology.p")
     return _connected(
         lambda rng: nx.fast_gnp_random_graph(n, p, seed=rng),
         n,
@@ -95,6 +98,7 @@ def small_world(n: int, degree: int = 4, rewire: float = 0.1, seed: int = 0) -> 
             f"use workers: {degree + 1} or more, or a smaller degree",
             key="topology.degree",
         )
+    require_links("small_world", n * degree // 2, "topology.degree")
     return _connected(
         lambda rng: nx.watts_strogatz_graph(n, degree, rewire, seed=rng),
         n,
@@ -125,6 +129,7 @@ def equi_static(
             f"use shifts: {min(max(count, 1), most)}",
             key="topology.shifts",
         )
+    require_links("equi_static", n * count, "topology.shifts")
     rng = random.Random(seed)
     for _ in range(DRAWS):
         drawn = rng.sample(range(1, n), count)
@@ -157,7 +162,7 @@ def equi_dynamic(n: int, directed: bool = True, rounds: int = 32, seed: int = 0)
     2022, arXiv 2210.07881. Their pairs are found greedily from a random worker on; here they
     alternate along each cycle of the shift, so that at most one worker a cycle stays alone.
     """
-    _require_rounds("equi_dynamic", rounds)
+    _require_rounds("equi_dynamic", n, rounds)
     rng = random.Random(seed)
     share = ETA * (n - 1) / n
 
@@ -185,7 +190,7 @@ def random_matchings(
     """
     from decentral.topology.graphs import static  # where this function is listed too
 
-    _require_rounds("random_matchings", rounds)
+    _require_rounds("random_matchings", n, rounds)
     rng = random.Random(seed)
     edges = None if graph == "complete" else list(static(graph, n, "topology.graph").edges())
 
@@ -248,12 +253,23 @@ def _connected_sequence(
     )
 
 
-def _require_rounds(name: str, rounds: int) -> None:
+def require_links(name: str, links: int, key: str) -> None:
+    """Raise UserError for a graph, or a sequence of graphs, that would fill the memory."""
+    if links > MOST_LINKS:
+        raise UserError(
+            f"{name} would have {links} links, and at most {MOST_LINKS} can be held; use a sparser"
+            " topology, such as exponential, or fewer workers",
+            key=key,
+        )
+
+
+def _require_rounds(name: str, n: int, rounds: int) -> None:
     if rounds < 1:
         raise UserError(
             f"{name} needs rounds >= 1, but rounds is {rounds}; use rounds: 32",
             key="topology.rounds",
         )
+    require_links(name, n * rounds, "topology.rounds")
 
 
 def _require_probability(option: str, value: float, likely: float) -> None:
