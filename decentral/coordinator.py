@@ -305,6 +305,7 @@ class Coordinator:
         return {
             "step": self.step,
             "members": list(self._engine.members),
+            "away": sorted(self._away),
             "schedule": dict(self._schedule.state),
             "clock": self._clock.now.tolist(),
             "batches": self._norm_test.state["batches"] if self._norm_test is not None else None,

@@ -405,7 +405,8 @@ class Replica:
 
         Its tensors of more than one element are on the device meta: shape and dtype alone.
         """
-        return _mapped(self.state_dict(), lambda t: t.to("meta") if t.dim() else t)
+        state = self.state_dict() | {"bytes_sent": 0}
+        return _mapped(state, lambda t: t.to("meta") if t.dim() else t)
 
     def _averaging(self, segment: Segment, last: bool) -> Averaging:
         """With whom to average at the present step."""
