@@ -8,7 +8,7 @@ import copy
 import importlib
 import math
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -120,13 +120,20 @@ class Experiment:
             average_buffers=self.config.buffers == "average",
         )
 
-    def mixing(self) -> Mixing | None:
-        """Who averages with whom at each step; None without a topology."""
-        if self.topology is None:
+    def mixing(
+        self, topology: Topology | None = None, members: Sequence[int] | None = None
+    ) -> Mixing | None:
+        """Who of `members`, by default all, averages with whom at each step.
+
+        topology: theirs, by default the run's; None is returned where that has none.
+        """
+        topology = topology or self.topology
+        if topology is None:
             return None
         return Mixing(
-            self.topology,
+            topology,
             self.faults,
+            members,
             turn_steps=self.algorithm.gossip_period,
             sender_keeps=self.algorithm.rule.requires == "column-stochastic",
         )
