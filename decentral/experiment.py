@@ -123,8 +123,14 @@ class Experiment:
             average_buffers=self.config.buffers == "average",
         )
 
-    def mixing(self, members: Sequence[int], topology: Topology | None) -> Mixing | None:
-        """Who of `members` averages with whom at each step; None without a topology."""
+    def mixing(
+        self, topology: Topology | None = None, members: Sequence[int] | None = None
+    ) -> Mixing | None:
+        """Who of `members`, by default all, averages with whom at each step.
+
+        topology: theirs, by default the run's; None is returned where that has none.
+        """
+        topology = topology or self.topology
         if topology is None:
             return None
         return Mixing(

@@ -77,18 +77,10 @@ class Faults:
     def of_messages(self, senders: np.ndarray, receivers: np.ndarray) -> "MessageFaults":
         """What happens to these messages, a message of every step each; the ends are ids [k]."""
         low, high = np.minimum(senders, receivers), np.maximum(senders, receivers)
-        cuts = [
-            (fault, (low == min(fault.link)) & (high == max(fault.link))) for fault in self._cuts
-        ]
-        losses = [
-            (fault, self._key(_LOSE, number, *ends))
-            for number, fault in enumerate(self._lose)
-            for ends in [(low, high) if fault.of == "exchanges" else (senders, receivers)]
-        ]
-        delays = [
-            (fault, self._key(_DELAY, number, senders, receivers))
-            for number, fault in enumerate(self._delay)
-        ]
+        ends = {"exchanges": (low, high), "messages": (senders, receivers)}
+        cuts = [(f, (low == min(f.link)) & (high == max(f.link))) for f in self._cuts]
+        losses = [(f, self._key(_LOSE, k, *ends[f.of])) for k, f in enumerate(self._lose)]
+        delays = [(f, self._key(_DELAY, k, senders, receivers)) for k, f in enumerate(self._delay)]
         return MessageFaults(len(senders), cuts, losses, delays)
 
     def slowdown(self, step: int, workers: np.ndarray) -> np.ndarray:
@@ -109,7 +101,7 @@ class Faults:
         """The first step, `step` or later, before which one of `members` goes or another comes.
 
         None if there is none. With churn so rare that `DRAWS_AHEAD` draws change nobody, the step
-        after those that were drawn.
+        after those that were drawn. Once a step's changes are made, ask from the next step on.
         """
         scripted = [at for at, worker in self._kills if worker in members and at >= step]
         scripted += [at for at, worker in self._joins if worker not in members and at >= step]
@@ -121,7 +113,7 @@ class Faults:
         """What happens to `members` before `step`.
 
         Who is killed neither leaves nor returns at that step. Where all that are then left would
-        leave, the one with the largest draw stays.
+        leave, the one whose draw was furthest from it stays.
         """
         killed = {worker for at, worker in self._kills if at == step and worker in members}
         joined = {worker for at, worker in self._joins if at == step and worker not in members}

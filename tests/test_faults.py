@@ -270,15 +270,10 @@ def test_push_sum_takes_statistics_for_means_too():
     np.testing.assert_allclose(replica.buffers, mean.expand(5, 2), rtol=1e-12)
 
 
-def _mixing(experiment):
-    everyone = range(experiment.config.workers)
-    return experiment.mixing(everyone, experiment.topology)
-
-
 def test_experiments_let_the_sender_keep_for_push_sum_alone(quick):
     quick |= {"faults": [lose(0.5, "messages")], "topology": {"name": "exponential"}}
     for method, axis in (({"name": "sgp"}, 0), ({"name": "gossip_sgd"}, 1)):
-        mixing = _mixing(build(load(quick | {"algorithm": method})))
+        mixing = build(load(quick | {"algorithm": method})).mixing()
         assert mixing is not None
         sums = np.array([mixing.matrix(step).sum(axis=axis) for step in range(9)])
         np.testing.assert_allclose(sums, 1, atol=1e-15)

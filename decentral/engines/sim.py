@@ -42,7 +42,7 @@ class Simulator:
         gradient = StackedGradient(
             self._model, experiment.task, sampler, n, **config.gradient.model_dump()
         )
-        mixing = experiment.mixing(self.members, experiment.topology_of(self.members))
+        mixing = experiment.mixing(experiment.topology_of(self.members), self.members)
         comm = StackedComm(n, mixing, experiment.dtype, config.sim.device, groups)
         if isinstance(algorithm.rule, AsynchronousRule):
             return StackedReplicas(

@@ -158,7 +158,7 @@ class Worker:
             # NCCL opens its connections at the first collective; point to point needs them.
             dist.all_reduce(torch.zeros(1, device=self._device))
         patience = Patience(experiment.config.ray.patience, self._timeout.total_seconds())
-        mixing = experiment.mixing(group.members, group.topology)
+        mixing = experiment.mixing(group.topology, group.members)
         comm = PeerComm(mixing, ways, own, patience)
         self._comm = comm
         sampler = experiment.sampler([self._number], group.members)
