@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from decentral.errors import UserError
 from decentral.signature import validation_error
@@ -40,6 +40,14 @@ class Component(_Choice):
     """Something chosen by name."""
 
     name: str
+
+
+def _by_name(chosen: object) -> object:
+    return {"name": chosen} if isinstance(chosen, str) else chosen
+
+
+# A name alone stands for the component without options.
+Named = Annotated[Component, BeforeValidator(_by_name)]
 
 
 class Partition(_Choice):
@@ -186,7 +194,10 @@ class RayConfig(_Section):
 
 
 class Config(_Section):
-    """A run. `buffers` are float ones, such as BatchNorm's statistics: see evaluation.py."""
+    """A run. `buffers` are float ones, such as BatchNorm's statistics: see evaluation.py.
+
+    loggers: where the records go too; names, or names with options: see loggers/.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "run"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -205,6 +216,7 @@ class Config(_Section):
     network: NetworkConfig = NetworkConfig()
     record: RecordConfig = RecordConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    loggers: list[Named] = []
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     sim: SimConfig = SimConfig()
     ray: RayConfig = RayConfig()

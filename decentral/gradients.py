@@ -23,6 +23,7 @@ from torch.func import functional_call, vmap
 from decentral.batches import Batches
 from decentral.comm import accumulation_dtype
 from decentral.replica import squared_norm
+from decentral.stopwatch import Stopwatch, timed
 from decentral.tasks import Sampler, Task, fetch
 
 log = logging.getLogger(__name__)
@@ -128,6 +129,7 @@ class ModuleGradient:
         self._clip_norm, self._autocast = clip_norm, autocast
         self.batches, self.measures = Batches(accumulate), False
         self.variance: Tensor | None = None
+        self.stopwatch = Stopwatch(model.device)
         self.parameters = model.x.clone()
         self.buffers = model.b.clone()
         self.value = torch.zeros_like(self.parameters)
@@ -140,6 +142,7 @@ class ModuleGradient:
             model.module.get_buffer(name).data = view
         self.counters = model.counters()
 
+    @timed
     def __call__(self, step: int) -> Tensor:
         self.value.zero_()
         losses, square = [], 0.0
@@ -160,6 +163,7 @@ class ModuleGradient:
         (step,) = steps
         return self(step).unsqueeze(0)
 
+    @timed
     def losses(self, step: int) -> Tensor:
         with torch.no_grad():
             return torch.stack([self._loss(micro) for micro in self.batches.of(step)]).mean(0)

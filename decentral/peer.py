@@ -18,6 +18,7 @@ from decentral.comm import (
     nbytes,
 )
 from decentral.errors import StepError
+from decentral.stopwatch import Stopwatch, timed
 from decentral.topology import Topology
 
 
@@ -40,7 +41,8 @@ class PeerComm:
     needs none. Buffers on a GPU are staged through host memory where the backend is gloo.
 
     `own_group` averages by itself, where the method has such groups. turn_steps: the steps that
-    one turn of the topology's sequence lasts.
+    one turn of the topology's sequence lasts. device: where the tensors are; `stopwatch` has the
+    seconds in exchanges there.
     """
 
     def __init__(
@@ -49,11 +51,13 @@ class PeerComm:
         ways: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
         own_group: dist.ProcessGroup | None = None,
         turn_steps: int = 1,
+        device: str = "cpu",
     ):
         self.rank = dist.get_rank()
         self.n = dist.get_world_size()
         self.bytes_sent = 0
         self.events: list[Event] = []
+        self.stopwatch = Stopwatch(device)
         self._up, self._down = ways or (None, None)
         self._own_group = own_group
         self._turn_steps = turn_steps
@@ -121,6 +125,7 @@ class PeerComm:
     def _neighbours(self) -> list[int]:
         return self._plans[0][2]
 
+    @timed
     def _all_reduce(
         self,
         x: Tensor,
@@ -143,6 +148,7 @@ class PeerComm:
             self.events.append(Event("everyone" if group is None else "group", step, nbytes(x)))
         return total
 
+    @timed
     def _exchange(self, out: Mapping[int, Tensor], into: Mapping[int, Tensor], step: int) -> None:
         """Send and receive at once, a message for, or from, each peer."""
         # Receives first: a message that finds its buffer waiting needs no copy.

@@ -1,13 +1,14 @@
 """The Ray engine: one actor a worker, on a local cluster of its own or one that it joins.
 
 Ray starts the workers and carries the coordinator's calls; tensors go from worker to worker
-through torch.distributed. The only module that imports ray.
+through torch.distributed. Ray is imported here, and for its metrics in loggers/ray.py, alone.
 """
 
 import logging
 import math
 import os
 import socket
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from decentral.config import Config, RayConfig
 from decentral.engines.worker import Surroundings, Worker
 from decentral.errors import StepError, UserError, WorkerError
 from decentral.experiment import Experiment
+from decentral.loggers.ray import WorkerGauges
 from decentral.peer import PeerError
 from decentral.replica import Report, Segment
 from decentral.topology import Topology
@@ -70,6 +72,8 @@ class RayEngine:
             moved=_joined([r.moved for r in reports]),
             gradient_square=_joined([r.gradient_square for r in reports]),
             variance=_joined([r.variance for r in reports]),
+            compute_s=_joined([r.compute_s for r in reports]),
+            wait_s=_joined([r.wait_s for r in reports]),
             bytes_sent=sum(r.bytes_sent for r in reports),
             events=reports[0].events,
             lr=reports[0].lr,
@@ -225,6 +229,15 @@ class _Actor(Worker):
     def take(self, rank: int, shared: tuple[Config, Topology | None, Surroundings]) -> None:
         config, topology, surroundings = shared
         self.build(config, topology, rank, surroundings)
+        shown = any(logger.name == "ray" for logger in config.loggers)
+        self._gauges = WorkerGauges(config.name, rank) if shown else None
+
+    def run(self, segment: Segment) -> Report:
+        started = time.perf_counter()
+        report = super().run(segment)
+        if self._gauges is not None:
+            self._gauges.show(segment, report, time.perf_counter() - started)
+        return report
 
     def node(self) -> tuple[str, int]:
         """Address of the Ray node, and process id."""

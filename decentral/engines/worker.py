@@ -8,10 +8,11 @@ import os
 import socket
 import sys
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
@@ -112,7 +113,8 @@ class Worker:
         sampler = experiment.sampler([self._rank])
         options = experiment.config.gradient.model_dump()
         gradient = ModuleGradient(self._model, experiment.task, sampler, **options)
-        comm = PeerComm(experiment.topology, ways, group, algorithm.gossip_period)
+        comm = PeerComm(experiment.topology, ways, group, algorithm.gossip_period, self._device)
+        self._stopwatches = gradient.stopwatch, comm.stopwatch
         if isinstance(algorithm.rule, AsynchronousRule):
             assert experiment.matchings is not None, "set for asynchronous methods"
             self._replica = PeerReplica(
@@ -133,7 +135,11 @@ class Worker:
         """Run a segment. Raises StepError if it cannot be finished."""
         replica = self._joined
         try:
-            return replica.run(segment)
+            for stopwatch in self._stopwatches:
+                stopwatch.take()  # what an evaluation took is no step's
+            report = replica.run(segment)
+            compute_s, wait_s = (np.array([s.take()]) for s in self._stopwatches)
+            return replace(report, compute_s=compute_s, wait_s=wait_s)
         except StepError:
             # Closing the connections at once tells the neighbours, and theirs in turn.
             self.leave()
