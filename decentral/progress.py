@@ -76,7 +76,7 @@ class Line:
 
     def __init__(self, console: Console, bars: Progress | None, steps: int, step: int, name: str):
         self._console, self._bars, self._steps, self._name = console, bars, steps, name
-        self._next_line = step + 1
+        self._next_line = step
         if bars is not None:
             self._bar = bars.add_task("", total=steps, completed=step, name=escape(name))
 
