@@ -20,6 +20,8 @@ from decentral.engines import Engine
 from decentral.engines.sim import Simulator
 from decentral.errors import UserError
 from decentral.experiment import Experiment, build
+from decentral.loggers import Loggers
+from decentral.loggers import build as build_loggers
 from decentral.progress import Watcher
 from decentral.records import Record, RunDirectory
 
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
     import pandas
 
 
-MAY_CHANGE = ("steps", "record", "checkpoint", "network", "ray", "name")  # in a resumed run
+# In a resumed run.
+MAY_CHANGE = ("steps", "record", "checkpoint", "network", "ray", "loggers", "name")
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,9 @@ def execute(
         )
     if out is not None and checkpoint is None:
         records.check(out)
+    loggers = Loggers(build_loggers(config, out), watcher.say)
     rows: list[Record] = []
+    status = "failed"
     directory = RunDirectory(out) if out is not None else None
 
     def summary(status: str) -> dict[str, Any]:
@@ -115,17 +120,20 @@ def execute(
                 checkpoints.restore(checkpoint, coordinator, engine)
             if directory is not None:
                 rows += directory.start(config, experiment.shards, coordinator.step)
+            loggers.start(coordinator.step)
             watcher.begin(experiment, coordinator.step)
-            status = _run(experiment, engine, coordinator, directory, rows, watcher)
+            reached = _run(experiment, engine, coordinator, directory, rows, watcher, loggers)
             state = coordinator.steadily(engine.average_model)
             if directory is not None and coordinator.timeline is not None:
                 coordinator.timeline.write(directory.path / "timeline.json")
+            status = reached
         except BaseException as error:
             if directory is not None and directory.started:
                 directory.finish(summary("failed") | {"error": str(error)}, None)
             raise
         finally:
             watcher.end()
+            loggers.close(status)
             engine.close()
     final = summary(status)
     if directory is not None:
@@ -148,6 +156,7 @@ def _run(
     directory: RunDirectory | None,
     rows: list[Record],
     watcher: Watcher,
+    loggers: Loggers,
 ) -> str:
     """Run to the end or until the user stops it: the status that summary.json gives."""
     every = experiment.config.checkpoint.every
@@ -156,6 +165,7 @@ def _run(
             rows.append(record)
             if directory is not None:
                 directory.append(record)
+            loggers.log(record)
         watcher.advance(coordinator.step, record)
         stop = watcher.wants_stop() and coordinator.step < experiment.config.steps
         due = every is not None and coordinator.step % every == 0

@@ -84,6 +84,22 @@ def run(
         raise typer.Exit(130)
 
 
+@app.command(epilog="Example: decentral watch runs/quickstart")
+def watch(
+    directories: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR ...", help="Run directories, also on a shared file system."),
+    ],
+) -> None:
+    """Follow runs from another terminal or machine until they end; Ctrl-C leaves them alone."""
+    from decentral.watch import watch as follow
+
+    try:
+        follow(directories, console)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
 @app.command(epilog="Example: decentral topology random_regular degree=3 -n 16 --period 8")
 def topology(
     words: Annotated[

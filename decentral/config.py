@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -58,6 +59,14 @@ class Component(_Choice):
     """Something chosen by name."""
 
     name: str
+
+
+def _by_name(chosen: object) -> object:
+    return {"name": chosen} if isinstance(chosen, str) else chosen
+
+
+# A name alone stands for the component without options.
+Named = Annotated[Component, BeforeValidator(_by_name)]
 
 
 class Partition(_Choice):
@@ -299,8 +308,9 @@ class Config(_Section):
     """A run.
 
     `workers: {min: 4, max: 16}`, here `min_workers` and `workers`, takes as many as the cluster has
-    room for. on_worker_failure: see docs/failures.md. `buffers` are float ones, such as BatchNorm's
-    statistics: see evaluation.py.
+    room for. on_worker_failure: see docs/faults.md. `buffers` are float ones, such as BatchNorm's
+    statistics: see evaluation.py. loggers: where the records go too; names, or names with options:
+    see loggers/.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "run"
@@ -323,6 +333,7 @@ class Config(_Section):
     faults: list[Fault] = []
     record: RecordConfig = RecordConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    loggers: list[Named] = []
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     sim: SimConfig = SimConfig()
     ray: RayConfig = RayConfig()

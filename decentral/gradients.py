@@ -25,6 +25,7 @@ from torch.func import functional_call, vmap
 from decentral.batches import Batches
 from decentral.comm import accumulation_dtype
 from decentral.replica import squared_norm
+from decentral.stopwatch import Stopwatch, timed
 from decentral.tasks import Sampler, Task, fetch
 
 log = logging.getLogger(__name__)
@@ -132,6 +133,7 @@ class ModuleGradient:
         self.batches, self.measures = Batches(accumulate), False
         self.slowdown: Callable[[int], float] | None = None
         self.variance: Tensor | None = None
+        self.stopwatch = Stopwatch(model.device)
         self.parameters = model.x.clone()
         self.buffers = model.b.clone()
         self.value = torch.zeros_like(self.parameters)
@@ -144,6 +146,7 @@ class ModuleGradient:
             model.module.get_buffer(name).data = view
         self.counters = model.counters()
 
+    @timed
     def __call__(self, step: int) -> Tensor:
         with self._slowed(step):
             return self._gradient(step)
@@ -168,6 +171,7 @@ class ModuleGradient:
         (step,) = steps
         return self(step).unsqueeze(0)
 
+    @timed
     def losses(self, step: int) -> Tensor:
         with self._slowed(step), torch.no_grad():
             return torch.stack([self._loss(micro) for micro in self.batches.of(step)]).mean(0)

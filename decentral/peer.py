@@ -22,6 +22,7 @@ from decentral.comm import (
 )
 from decentral.errors import StepError
 from decentral.mixing import Mixing
+from decentral.stopwatch import Stopwatch, timed
 
 
 class PeerError(StepError):
@@ -82,7 +83,8 @@ class PeerComm:
     needs none. Buffers on a GPU are staged through host memory where the backend is gloo.
 
     `own_group` averages by itself, where the method has such groups. What does not come at a step
-    is not sent either: both ends know it from `mixing`.
+    is not sent either: both ends know it from `mixing`. device: where the tensors are; `stopwatch`
+    has the seconds in exchanges there.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class PeerComm:
         ways: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
         own_group: dist.ProcessGroup | None = None,
         patience: Patience | None = None,
+        device: str = "cpu",
     ):
         self.rank = dist.get_rank()
         self.n = dist.get_world_size()
@@ -100,6 +103,7 @@ class PeerComm:
         self.patience = patience or Patience(10.0, 300.0)
         self.events: list[Event] = []
         self.history: History = {}  # nothing comes late here
+        self.stopwatch = Stopwatch(device)
         self._up, self._down = ways or (None, None)
         self._own_group = own_group
         self._host = dist.get_backend() == "gloo"
@@ -192,6 +196,7 @@ class PeerComm:
             self._other = W, _exchange_plan(W, self.rank)
         return self._other[1]
 
+    @timed
     def _all_reduce(
         self,
         x: Tensor,
@@ -228,6 +233,7 @@ class PeerComm:
             self.events.append(Event("everyone" if group is None else "group", step, nbytes(x)))
         return total
 
+    @timed
     def _exchange(self, out: Mapping[int, Tensor], into: Mapping[int, Tensor], step: int) -> bool:
         """Send and receive at once, a message for, or from, each peer.
 

@@ -6,6 +6,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -42,6 +43,61 @@ class Watcher:
         return False
 
 
+class Lines:
+    """What is seen of runs under way: a bar each on a terminal, plain lines elsewhere."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._bars: Progress | None = None
+
+    def add(self, steps: int, step: int, name: str = "") -> "Line":
+        """A line for a run of `steps`, `step` of them finished; `name` tells it from others."""
+        if self._console.is_terminal and self._bars is None:
+            self._bars = Progress(
+                TextColumn("{task.fields[name]}step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._bars.start()
+        return Line(self._console, self._bars, steps, step, f"{name}  " if name else "")
+
+    def end(self) -> None:
+        """No line will move any more."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+
+class Line:
+    """One run's."""
+
+    def __init__(self, console: Console, bars: Progress | None, steps: int, step: int, name: str):
+        self._console, self._bars, self._steps, self._name = console, bars, steps, name
+        self._next_line = step
+        if bars is not None:
+            self._bar = bars.add_task("", total=steps, completed=step, name=escape(name))
+
+    def say(self, line: str) -> None:
+        say(self._console, self._name + line)
+
+    def advance(self, step: int, record: "Record | None") -> None:
+        """`step` steps are finished; their record, if there is one."""
+        if self._bars is not None:
+            self._bars.update(self._bar, completed=step)
+        if record is None:
+            return
+        if self._bars is not None:
+            line = f"loss {_figure(record['loss'])}"
+            line += f"  consensus {_figure(record['consensus_distance'])}"
+            self._bars.update(self._bar, description=line)
+        if "eval_loss" in record or (self._bars is None and step >= self._next_line):
+            self.say(record_line(record, self._steps))
+            self._next_line = step + max(1, self._steps // PLAIN_LINES)
+
+
 class Terminal(Watcher):
     """A progress bar on a terminal, plain lines elsewhere; Ctrl-C asks for a clean stop.
 
@@ -50,48 +106,25 @@ class Terminal(Watcher):
 
     def __init__(self, console: Console):
         self._console = console
-        self._bar: Progress | None = None
-        self._steps = 0
-        self._next_line = 0
+        self._lines = Lines(console)
+        self._line: Line | None = None
         self._stop = False
         self._before: dict[signal.Signals, Any] = {}  # handlers
 
     def say(self, line: str) -> None:
-        self._console.print(line, highlight=False, soft_wrap=True)
+        say(self._console, line)
 
     def begin(self, experiment: "Experiment", step: int) -> None:
-        self._steps = experiment.config.steps
-        self._next_line = step + 1
-        if self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=None),
-                TextColumn("{task.description}"),
-                TimeRemainingColumn(),
-                console=self._console,
-            )
-            self._bar.add_task("", total=self._steps, completed=step)
-            self._bar.start()
+        self._line = self._lines.add(experiment.config.steps, step)
         if threading.current_thread() is threading.main_thread():
             self._before = {s: signal.signal(s, self._interrupted) for s in STOPPING}
 
     def advance(self, step: int, record: "Record | None") -> None:
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step)
-        if record is None:
-            return
-        if self._bar is not None:
-            line = f"loss {record['loss']:.4f}  consensus {record['consensus_distance']:.4f}"
-            self._bar.update(self._bar.task_ids[0], description=line)
-        if "eval_loss" in record or (self._bar is None and step >= self._next_line):
-            self.say(record_line(record, self._steps))
-            self._next_line = step + max(1, self._steps // PLAIN_LINES)
+        assert self._line is not None, "begin comes first"
+        self._line.advance(step, record)
 
     def end(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        self._lines.end()
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
@@ -106,14 +139,24 @@ class Terminal(Watcher):
         self.say("stopping after this segment; Ctrl-C again stops at once")
 
 
+def say(console: Console, line: str) -> None:
+    """Print a line as it is."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 def record_line(record: "Record", steps: int) -> str:
     """A record as one line of text."""
     width = len(str(steps))
-    line = f"step {record['step']:>{width}}/{steps}  loss {record['loss']:.4f}"
-    line += f"  consensus {record['consensus_distance']:.4f}"
+    line = f"step {record['step']:>{width}}/{steps}  loss {_figure(record['loss'])}"
+    line += f"  consensus {_figure(record['consensus_distance'])}"
     if "eval_loss" in record:
-        line += f"  eval loss {record['eval_loss']:.4f}"
+        line += f"  eval loss {_figure(record['eval_loss'])}"
     if "eval_accuracy" in record:
-        line += f"  accuracy {record['eval_accuracy']:.4f}"
-        line += f"  (workers' own {record['eval_accuracy_workers']:.4f})"
+        line += f"  accuracy {_figure(record['eval_accuracy'])}"
+        line += f"  (workers' own {_figure(record['eval_accuracy_workers'])})"
     return line
+
+
+def _figure(value: float | None) -> str:
+    """Four digits; a file of records has null where a number is not finite."""
+    return "nan" if value is None else f"{value:.4f}"

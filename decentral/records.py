@@ -61,6 +61,8 @@ class RunDirectory:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self.started = True
+        # A run that goes on has not ended: who watches goes by the summary.
+        (self.path / "summary.json").unlink(missing_ok=True)
         write_atomically(self.path / "config.yaml", dump(config).encode())
         sizes = np.array([len(shard) for shard in shards])
         with _atomic(self.path / "split.npz") as file:

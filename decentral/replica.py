@@ -147,6 +147,8 @@ class Report:
     moved: np.ndarray | None = None  # ||(W x)_i - x_i||^2 of the last averaging, if watched
     gradient_square: np.ndarray | None = None  # ||g_i||^2 at the last step, if watched or measured
     variance: np.ndarray | None = None  # of one batch's gradient at the last step, if measured
+    compute_s: np.ndarray | None = None  # seconds in gradients, of a worker of a cluster
+    wait_s: np.ndarray | None = None  # and in exchanges: waiting for the others, and sending
 
 
 class Replica:

@@ -62,6 +62,8 @@ def test_the_example_of_a_help_works(command, capsys, place):
     said = " ".join(call(capsys, *command.split(), "--help").split())
     words = said.rpartition("Example: decentral ")[2].split()
     os.symlink(ROOT / "configs", place / "configs")
+    if words[0] == "watch":
+        call(capsys, "run", "good.yaml", "steps=2", "--out", "runs/quickstart")
     few = ["steps=2", "engine=sim"] if words[0] == "run" else []
     call(capsys, *words, *few)
 

@@ -92,6 +92,19 @@ def test_the_commands_run(arguments, tmp_path):
     assert run_command(arguments, ROOT)
 
 
+@pytest.mark.slow
+def test_a_run_can_be_watched(tmp_path):
+    run, watch = decentral_commands("decentral watch")
+    folder = str(tmp_path / "watched")
+    shown = run_command([*run[:-1], folder, "steps=20"], ROOT)
+    assert "event files in" in shown
+    assert list((tmp_path / "watched/tensorboard").iterdir())
+    assert watch == ["watch", run[-1]]
+    last, end = run_command(["watch", folder], ROOT).splitlines()
+    assert last in shown.splitlines()
+    assert end.startswith("done at step 20")
+
+
 def test_the_plan_is_what_the_readme_shows():
     (arguments,) = decentral_commands("decentral plan")
     printed = [line.rstrip() for line in run_command(arguments, ROOT).rstrip().splitlines()]

@@ -1,7 +1,7 @@
 """The Ray engine: one actor a worker, on a local cluster of its own or one that it joins.
 
 Ray starts the workers and carries the coordinator's calls; tensors go from worker to worker
-through torch.distributed. The only module that imports ray.
+through torch.distributed. Ray is imported here, and for its metrics in loggers/ray.py, alone.
 """
 
 import logging
@@ -25,9 +25,10 @@ from torch import Tensor
 from decentral import placement
 from decentral.config import Config, RayConfig
 from decentral.engines import Interrupted
-from decentral.engines.worker import Group, Surroundings, Worker
+from decentral.engines.worker import Group, Outcome, Surroundings, Worker
 from decentral.errors import StepError, UserError, WorkerError
 from decentral.experiment import Experiment
+from decentral.loggers.ray import WorkerGauges
 from decentral.peer import PeerError
 from decentral.replica import Averaging, Report, Segment
 from decentral.topology import Topology
@@ -395,6 +396,8 @@ class RayEngine:
             moved=_concatenated([r.moved for r in reports]),
             gradient_square=_concatenated([r.gradient_square for r in reports]),
             variance=_concatenated([r.variance for r in reports]),
+            compute_s=_concatenated([r.compute_s for r in reports]),
+            wait_s=_concatenated([r.wait_s for r in reports]),
             bytes_sent=sum(self._bytes.values()),
             events=reports[0].events,
             lr=reports[0].lr,
@@ -411,9 +414,18 @@ def _concatenated(values: list[np.ndarray | None]) -> np.ndarray | None:
 class _Actor(Worker):
     """A Worker that knows where Ray put it."""
 
-    def take(self, rank: int, shared: tuple[Config, Topology | None, Surroundings]) -> None:
+    def take(self, number: int, shared: tuple[Config, Topology | None, Surroundings]) -> None:
         config, topology, surroundings = shared
-        self.build(config, topology, rank, surroundings)
+        self.build(config, topology, number, surroundings)
+        shown = any(logger.name == "ray" for logger in config.loggers)
+        self._gauges = WorkerGauges(config.name, number) if shown else None
+
+    def run(self, segment: Segment) -> Outcome:
+        started = time.perf_counter()
+        outcome = super().run(segment)
+        if self._gauges is not None:
+            self._gauges.show(segment, outcome.report, time.perf_counter() - started)
+        return outcome
 
     def node(self) -> tuple[str, int]:
         """Address of the Ray node, and process id."""

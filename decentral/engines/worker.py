@@ -10,11 +10,12 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
@@ -159,7 +160,7 @@ class Worker:
             dist.all_reduce(torch.zeros(1, device=self._device))
         patience = Patience(experiment.config.ray.patience, self._timeout.total_seconds())
         mixing = experiment.mixing(group.topology, group.members)
-        comm = PeerComm(mixing, ways, own, patience)
+        comm = PeerComm(mixing, ways, own, patience, self._device)
         self._comm = comm
         sampler = experiment.sampler([self._number], group.members)
         if self._replica is None:
@@ -206,7 +207,12 @@ class Worker:
         comm.carries_on = True
         comm.patience.begin()
         try:
+            for stopwatch in (self._gradient.stopwatch, comm.stopwatch):
+                stopwatch.take()  # what an evaluation took is no step's
             report = replica.run(segment)
+            compute_s = np.array([self._gradient.stopwatch.take()])
+            wait_s = np.array([comm.stopwatch.take()])
+            report = replace(report, compute_s=compute_s, wait_s=wait_s)
         except StepError:
             # Closing the connections at once tells the neighbours, and theirs in turn.
             self.leave()
