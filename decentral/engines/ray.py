@@ -8,8 +8,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,6 +23,7 @@ from decentral.errors import StepError, UserError, WorkerError
 from decentral.experiment import Experiment
 from decentral.peer import PeerError
 from decentral.replica import Report, Segment
+from decentral.storage import Storage, StorageError, Written, all_written
 from decentral.topology import Topology
 
 log = logging.getLogger(__name__)
@@ -88,11 +88,28 @@ class RayEngine:
     def average_model(self) -> dict[str, Tensor]:
         return self._all("average_model")[0]
 
-    def save(self, folder: Path) -> None:
-        self._each([actor.save.remote(folder) for actor in self._actors])
+    def reach(self, storage: Storage) -> None:
+        with storage.probe() as name:
+            told = self.ask(_unreached, storage.address, name)
+        for rank, reason in enumerate(told):
+            if reason is not None:
+                raise UserError(
+                    f"worker {rank} on node {self.addresses[rank]} does not see what is written to"
+                    f" {storage.url} ({reason}); put it on storage that all nodes share, or set"
+                    " checkpoint.path=s3://bucket/run or another URL",
+                    "checkpoint.path",
+                )
 
-    def load(self, folder: Path) -> None:
-        self._each([actor.load.remote(folder) for actor in self._actors])
+    def save(self, storage: Storage, folder: str) -> None:
+        self._all("save", storage, folder)
+
+    def saved(self, wait: bool) -> list[Written] | None:
+        return all_written(self._all("saved", wait))
+
+    def load(self, storage: Storage, folder: str, files: Mapping[str, Written]) -> None:
+        for error in self._all("load", storage, folder, files):
+            if error is not None:
+                raise error
 
     def ask(self, function: Callable[..., T], *arguments: Any) -> list[T]:
         """`function(worker, *arguments)` of each worker, by rank; all run it at the same time."""
@@ -217,6 +234,16 @@ def _joined(values: list[np.ndarray | None]) -> np.ndarray | None:
     """One array over all workers, or None if they have none."""
     there = [value for value in values if value is not None]
     return np.concatenate(there) if there else None
+
+
+def _unreached(worker: Worker, address: str, name: str) -> str | None:
+    """Why a worker cannot read a probe of the driver's, or None if it can."""
+    try:
+        if Storage(address).read(name) == name.encode():
+            return None
+        return "another file is there"
+    except (StorageError, UserError) as error:
+        return str(error)
 
 
 class _Actor(Worker):

@@ -1,7 +1,7 @@
 """The simulator: all workers in one process, stacked along the first axis of every tensor."""
 
 import copy
-from pathlib import Path
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -13,7 +13,10 @@ from decentral.evaluation import averaged_buffers, evaluate, evaluate_each
 from decentral.experiment import Experiment
 from decentral.gradients import FlatModel, StackedGradient
 from decentral.replica import Report, Segment
+from decentral.storage import Storage, Writing, Written, all_written
 from decentral.timing import step_seconds
+
+FILE = "workers.pt"  # of a checkpoint
 
 
 class Simulator:
@@ -48,6 +51,7 @@ class Simulator:
         else:
             workers = torch.arange(n, device=config.sim.device)
             self.replica = experiment.replica(gradient, comm, workers)
+        self._writing: Writing | None = None
 
     def step_seconds(self) -> np.ndarray:
         config = self._experiment.config
@@ -73,12 +77,18 @@ class Simulator:
         first = {name: counter[0] for name, counter in self.replica.counters.items()}
         return self._model.state_dict(*self._mean(), first)
 
-    def save(self, folder: Path) -> None:
-        torch.save(self.replica.state_dict(), folder / "workers.pt")
+    def reach(self, storage: Storage) -> None:
+        pass
 
-    def load(self, folder: Path) -> None:
-        state = torch.load(folder / "workers.pt", map_location="cpu", weights_only=True)
-        self.replica.load_state_dict(state)
+    def save(self, storage: Storage, folder: str) -> None:
+        self._writing = Writing(storage, f"{folder}/{FILE}", self.replica.state_dict())
+
+    def saved(self, wait: bool) -> list[Written] | None:
+        assert self._writing is not None, "save comes first"
+        return all_written([self._writing.result(wait)])
+
+    def load(self, storage: Storage, folder: str, files: Mapping[str, Written]) -> None:
+        storage.load(folder, FILE, files, self.replica.load_state_dict)
 
     def close(self) -> None:
         pass
