@@ -63,6 +63,10 @@ OPTIMIZERS = {
 
 @pytest.fixture
 def small():
+    return small_config()
+
+
+def small_config():
     """Twenty steps that take no time; a checkpoint at every fifth, out of step with all else."""
     return {
         "name": "small",
