@@ -1,9 +1,10 @@
 """What is lost when a run's driver is killed at any moment? Nothing but time.
 
-`decentral run` of a small config is killed with SIGKILL at a moment drawn evenly from its whole
-life, start-up included, then gone on with by `--resume`, up to five times; the run that comes out
-is held against one that nobody killed: bit for bit in the simulator, to 1e-6 on Ray. After each
-kill, the processes of the run's session that are left are counted.
+`decentral run` of a small config is killed with SIGKILL, one time in four at a moment drawn evenly
+from its whole life, start-up included, else from its training, then gone on with by `--resume`, up
+to five times; the run that comes out is held against one that nobody killed: bit for bit in the
+simulator, to 1e-6 on Ray. After each kill, the processes of the run's session that are left are
+counted.
 
     python benchmarks/driver_kills.py --out benchmarks/results/driver_kills.json
 """
@@ -45,6 +46,7 @@ CONFIG: dict[str, Any] = {
 }
 TOLERANCE = {"sim": 0.0, "ray": 1e-6}  # relative; gloo sums in an order of its own
 KILLS_A_RUN = 5
+ANY_MOMENT = 0.25  # of the kills; the others are while it trains
 PATIENCE_S = 15.0  # for the run's processes to go, once the driver is dead
 AGENTS = ("DashboardAgent", "RuntimeEnvAgent")  # Ray's; they look for their dead cluster a minute
 
@@ -94,6 +96,7 @@ class Killer:
         started = time.monotonic()
         assert self._go(whole, None), "a run that nobody kills ends"
         life_s = time.monotonic() - started
+        training_s = records.read(whole / "metrics.jsonl")[-1]["time_s"]
         done = runs = resumed = 0
         worst = 0.0
         while done < kills:
@@ -102,9 +105,13 @@ class Killer:
             shutil.rmtree(out, ignore_errors=True)
             over = False
             while not over:
-                moment = self._moments.uniform(0, life_s) if budget else None
                 resumed += has_checkpoint(out)
-                over = self._go(out, moment)
+                if not budget:
+                    over = self._go(out, None)
+                elif self._moments.random() < ANY_MOMENT:
+                    over = self._go(out, self._moments.uniform(0, life_s))
+                else:
+                    over = self._go(out, self._moments.uniform(0, training_s), training=True)
                 if not over:
                     done, budget = done + 1, budget - 1
             worst = max(worst, difference(whole, out))
@@ -114,6 +121,7 @@ class Killer:
             "runs": runs,
             "resumed": resumed,
             "life_s": life_s,
+            "training_s": training_s,
             "tolerance": TOLERANCE[self._engine],
             "largest_difference": worst,
             "equal": worst <= TOLERANCE[self._engine],
@@ -125,19 +133,22 @@ class Killer:
             "kills_that_left_agents_of_ray": self._agents,
         }
 
-    def _go(self, out: Path, moment_s: float | None) -> bool:
-        """Run or go on with `out`; kill it after `moment_s`. Whether it came to its end."""
+    def _go(self, out: Path, moment_s: float | None, training: bool = False) -> bool:
+        """Run or go on with `out`; kill it after `moment_s`, or so long after it said its first
+        step. Whether it came to its end."""
         command = [sys.executable, "-m", "decentral", "run"]
         if has_checkpoint(out):
             command += ["--resume", str(out)]
         else:
             shutil.rmtree(out, ignore_errors=True)  # killed too early: nothing to go on from
             command += [str(self._folder / "config.yaml"), "--out", str(out)]
-        with open(self._folder / "log", "w+") as log:
+        with open(self._folder / "log", "w") as log:
             process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
             try:
+                while training and process.poll() is None and "\nstep" not in self._said():
+                    time.sleep(0.01)
                 code = process.wait(moment_s)
             except subprocess.TimeoutExpired:
                 process.kill()
@@ -147,9 +158,11 @@ class Killer:
             finally:
                 if process.poll() is None:
                     process.kill()
-            log.seek(0)
-            assert code == 0, log.read()
+            assert code == 0, self._said()
         return True
+
+    def _said(self) -> str:
+        return "\n" + (self._folder / "log").read_text()
 
     def _watch_them_go(self, session: int) -> None:
         killed = time.monotonic()
@@ -216,7 +229,7 @@ def table(row: dict[str, Any]) -> Table:
     figures = {
         "runs brought to their end": f"{row['runs']}",
         "gone on from a checkpoint": f"{row['resumed']} times",
-        "a run that nobody kills": f"{row['life_s']:.1f} s",
+        "a run that nobody kills": f"{row['life_s']:.1f} s, {row['training_s']:.1f} s of training",
         "equal to it": f"{verdict} (largest difference {row['largest_difference']:.2g})",
         "until no process is left": f"{gone['median']:.1f} s, at most {gone['max']:.1f} s",
         "left after 15 s": ", ".join(row["left_after_15_s"]) or "none",
