@@ -80,6 +80,23 @@ def test_a_run_whose_driver_was_killed_is_the_one_that_nobody_killed(outputs):
     assert row["left_after_15_s"] == []
 
 
+@pytest.mark.timeout(600)
+def test_a_ray_run_whose_driver_was_killed_goes_on_and_leaves_no_worker(tmp_path):
+    script = [str(BENCHMARKS / "driver_kills.py"), "--engine", "ray", "--kills", "2"]
+    out = tmp_path / "kills.json"
+    done = subprocess.run(
+        [sys.executable, *script, "--steps", "150", "--out", str(out)],
+        capture_output=True,
+        text=True,
+        timeout=580,
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(out.read_text())["engines"]
+    assert row["kills"] == 2
+    assert row["largest_difference"] <= 1e-6
+    assert row["left_after_15_s"] == []
+
+
 def test_the_verdict_of_gossip_pga_digits_follows_its_figures(outputs):
     result, text = outputs["gossip_pga_digits"]
     versus, methods = result["gossip_pga_minus_gossip_sgd"], result["methods"]
