@@ -98,7 +98,7 @@ def execute(config: Config, out: Path | None, watcher: Watcher, *, resumes: bool
         checkpoints = Checkpoints.of(config.checkpoint, out, watcher.say)
         if not resumes:
             records.check(out)
-            checkpoints.check_new()
+        checkpoints.check(new=not resumes)
         directory = RunDirectory(out)
 
     def summary(status: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from decentral.config import CheckpointConfig
 from decentral.coordinator import Coordinator
 from decentral.engines import Engine
 from decentral.errors import UserError, WorkerError
-from decentral.storage import Storage, StorageError, Written, background
+from decentral.storage import KEY, Storage, StorageError, Written, background
 
 CHECKSUMS = "checksums.json"  # size and SHA-256 of every other file
 COORDINATOR = "coordinator.json"
@@ -62,13 +62,13 @@ class Checkpoints:
         """Those of a run directory, wherever the config has them."""
         return cls(Storage(config.path or run / "checkpoints"), config.keep, say)
 
-    def check_new(self) -> None:
-        """Raise UserError if the place holds checkpoints already, or none can be written there."""
-        if self._folders():
+    def check(self, new: bool) -> None:
+        """Raise UserError if none can be written there, or a `new` run would find others."""
+        if new and self._listed():
             raise UserError(
                 f"{self.storage.url} holds checkpoints of a run; give each run a place of its own,"
                 " or go on with that run: --resume",
-                "checkpoint.path",
+                KEY,
             )
         with self.storage.probe():
             pass
@@ -115,7 +115,7 @@ class Checkpoints:
         Raises UserError if there is none.
         """
         refused = []
-        for folder in self._folders():
+        for folder in self._listed():
             try:
                 self._files(folder)
             except StorageError as error:
@@ -130,7 +130,7 @@ class Checkpoints:
         Raises UserError if there is none: the engine's workers are then of no use.
         """
         refused = []
-        for folder in self._folders():
+        for folder in self._listed():
             try:
                 files = self._files(folder)
                 state = self._state(folder, files, coordinator)
@@ -156,14 +156,24 @@ class Checkpoints:
         # What is newer was refused when the run went on from an older one.
         others = [other for other in self._folders() if other != folder]
         older = [o for o in others if _step(o) < _step(folder) and self._counts(o)]
-        for other in others:
-            if other not in older[: self._keep - 1]:
-                storage.remove(f"{other}/{CHECKSUMS}")
-                storage.remove(other)
+        try:
+            for other in others:
+                if other not in older[: self._keep - 1]:
+                    storage.remove(f"{other}/{CHECKSUMS}")
+                    storage.remove(other)
+        except StorageError as error:
+            self._say(f"warning: an old checkpoint stays: {error}")
 
     def _folders(self) -> list[str]:
         """Newest first, whole or not."""
         return sorted(filter(FOLDER.fullmatch, self.storage.files()), key=_step, reverse=True)
+
+    def _listed(self) -> list[str]:
+        """The same, for a user. Raises UserError if that cannot be told."""
+        try:
+            return self._folders()
+        except StorageError as error:
+            raise UserError(f"{error}; mend that, or name another place", KEY) from None
 
     def _counts(self, folder: str) -> bool:
         return CHECKSUMS in self.storage.files(folder)

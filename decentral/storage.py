@@ -162,7 +162,7 @@ class Storage:
             with suppress(StorageError):  # where it could not be written
                 self.remove(name)
             for folder in made:
-                if folder.is_dir():
+                with suppress(OSError):  # no longer empty, or never made
                     folder.rmdir()
 
     def _create(self, name: str) -> IO[bytes]:

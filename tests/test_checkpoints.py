@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import fsspec
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_api import Diary
@@ -204,6 +205,40 @@ def test_a_place_that_holds_another_runs_checkpoints_is_refused(small, tmp_path,
         decentral.run(small, out=tmp_path / "other")
     assert not (tmp_path / "other").exists()
     assert names_in(bucket) == ["step-00000015", "step-00000020"]
+
+
+def denied(*_, **__):
+    raise PermissionError(13, "Permission denied")
+
+
+def test_a_place_that_may_not_be_listed_is_refused_by_name(small, tmp_path, monkeypatch):
+    crash(small, tmp_path, 14)
+    monkeypatch.setattr(LocalFileSystem, "ls", denied)
+    with pytest.raises(UserError, match=r"checkpoint.path: cannot read .*Permission denied; mend"):
+        decentral.resume(tmp_path)
+
+
+def test_a_resumed_run_that_can_write_no_checkpoint_is_refused(small, tmp_path, monkeypatch):
+    crash(small, tmp_path, 14)
+    monkeypatch.setattr(Storage, "_create", denied)
+    with pytest.raises(UserError, match=r"checkpoint.path: cannot write .*Permission denied; take"):
+        decentral.resume(tmp_path)
+
+
+def test_an_old_checkpoint_that_stays_is_told_and_the_new_one_counts(small, tmp_path, monkeypatch):
+    remove = Storage.remove
+
+    def refuse(storage, name):
+        if name.startswith("step-00000005"):
+            raise StorageError("cannot remove it")
+        remove(storage, name)
+
+    monkeypatch.setattr(Storage, "remove", refuse)
+    diary = Diary()
+    result = decentral.run(small, out=tmp_path, watcher=diary)
+    assert ("say", "warning: an old checkpoint stays: cannot remove it") in diary.entries
+    assert "checkpoint_error" not in result.summary
+    assert Checkpoints(Storage(tmp_path / "checkpoints"), 1).newest() == 20
 
 
 def test_a_probe_leaves_nothing_behind(tmp_path, bucket):
