@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from decentral import checkpoints, records
+from decentral import records
+from decentral.checkpoints import Checkpoints
 from decentral.config import Config, load
 from decentral.coordinator import Coordinator
 from decentral.engines import Engine
 from decentral.engines.sim import Simulator
-from decentral.errors import UserError
+from decentral.errors import UserError, WorkerError
 from decentral.experiment import Experiment, build
 from decentral.loggers import Loggers
 from decentral.loggers import build as build_loggers
@@ -30,7 +31,18 @@ if TYPE_CHECKING:
 
 
 # In a resumed run.
-MAY_CHANGE = ("steps", "record", "checkpoint", "network", "ray", "loggers", "name")
+MAY_CHANGE = (
+    "workers",
+    "min_workers",
+    "on_worker_failure",
+    "steps",
+    "record",
+    "checkpoint",
+    "network",
+    "ray",
+    "loggers",
+    "name",
+)
 
 
 @dataclass(frozen=True)
@@ -78,20 +90,15 @@ def resume(directory: str | Path, *, watcher: Watcher | None = None, **overrides
             raise UserError(
                 f"a resumed run keeps its {key}; it may change {', '.join(MAY_CHANGE)}", key
             )
-    watcher = watcher or Watcher()
-    checkpoint = checkpoints.latest(directory, watcher.say)
-    if config.steps < checkpoints.step_of(checkpoint):
+    taken = Checkpoints.of(config.checkpoint, directory).newest()
+    if config.steps < taken:
         raise UserError(
-            f"the resumed run has taken {checkpoints.step_of(checkpoint)} steps already;"
-            f" got {config.steps}",
-            "steps",
+            f"the resumed run has taken {taken} steps already; got {config.steps}", "steps"
         )
-    return execute(config, directory, watcher, checkpoint)
+    return execute(config, directory, watcher or Watcher(), resumes=True)
 
 
-def execute(
-    config: Config, out: Path | None, watcher: Watcher, checkpoint: Path | None = None
-) -> Result:
+def execute(config: Config, out: Path | None, watcher: Watcher, *, resumes: bool = False) -> Result:
     """Check everything, start the engine, run, record; whatever happens, leave nothing running."""
     started = time.perf_counter()
     experiment = build(config)
@@ -100,29 +107,40 @@ def execute(
             f"{config.algorithm.name} averages over no topology: {experiment.topology.name}"
             " serves the clock alone"
         )
-    if out is not None and checkpoint is None:
-        records.check(out)
     loggers = Loggers(build_loggers(config, out), watcher.say)
     rows: list[Record] = []
     status = "failed"
-    directory = RunDirectory(out) if out is not None else None
+    directory = checkpoints = None
+    if out is not None:
+        checkpoints = Checkpoints.of(config.checkpoint, out, watcher.say)
+        if not resumes:
+            records.check(out)
+        checkpoints.check(new=not resumes)
+        directory = RunDirectory(out)
 
     def summary(status: str) -> dict[str, Any]:
         seconds = time.perf_counter() - started
-        return _summary(experiment, rows, status, seconds)
+        final = _summary(experiment, rows, status, seconds)
+        if checkpoints is not None and checkpoints.failure is not None:
+            final["checkpoint_error"] = checkpoints.failure
+        return final
 
     cards = [torch.cuda.current_device()] if config.sim.device == "cuda" else []
     with torch.random.fork_rng(cards):
         engine = _engine(experiment, watcher)
         try:
+            if checkpoints is not None:
+                engine.reach(checkpoints.storage)
             coordinator = Coordinator(experiment, engine, watcher.say)
-            if checkpoint is not None:
-                checkpoints.restore(checkpoint, coordinator, engine)
+            if checkpoints is not None and resumes:
+                checkpoints.restore(coordinator, engine)
             if directory is not None:
                 rows += directory.start(config, experiment.shards, coordinator.step)
             loggers.start(coordinator.step)
             watcher.begin(experiment, coordinator.step)
-            reached = _run(experiment, engine, coordinator, directory, rows, watcher, loggers)
+            reached = _run(
+                experiment, engine, coordinator, directory, checkpoints, rows, watcher, loggers
+            )
             state = coordinator.steadily(engine.average_model)
             if directory is not None and coordinator.timeline is not None:
                 coordinator.timeline.write(directory.path / "timeline.json")
@@ -154,29 +172,44 @@ def _run(
     engine: Engine,
     coordinator: Coordinator,
     directory: RunDirectory | None,
+    checkpoints: Checkpoints | None,
     rows: list[Record],
     watcher: Watcher,
     loggers: Loggers,
 ) -> str:
-    """Run to the end or until the user stops it: the status that summary.json gives."""
+    """Run to the end or until the user stops it: the status that summary.json gives.
+
+    A checkpoint that is under way then is waited for, after an error too, unless a worker failed.
+    """
     every = experiment.config.checkpoint.every
-    for record in coordinator.run():
-        if record is not None:
-            rows.append(record)
-            if directory is not None:
-                directory.append(record)
-            loggers.log(record)
-        watcher.advance(coordinator.step, record)
-        stop = watcher.wants_stop() and coordinator.step < experiment.config.steps
-        due = every is not None and coordinator.step % every == 0
-        if directory is not None and (stop or due):
-            keep = experiment.config.checkpoint.keep
-            save = functools.partial(checkpoints.save, directory.path, coordinator, engine, keep)
-            folder = coordinator.steadily(save)
+    try:
+        for record in coordinator.run():
+            if record is not None:
+                rows.append(record)
+                if directory is not None:
+                    directory.append(record)
+                loggers.log(record)
+            watcher.advance(coordinator.step, record)
+            stop = watcher.wants_stop() and coordinator.step < experiment.config.steps
+            due = every is not None and coordinator.step % every == 0
+            if checkpoints is not None:
+                checkpoints.finish(engine, wait=False)
+                if stop or due:
+                    coordinator.steadily(functools.partial(checkpoints.begin, coordinator, engine))
             if stop:
-                watcher.say(f"stopped at step {coordinator.step}; checkpoint in {folder}")
-        if stop:
-            return "stopped"
+                if checkpoints is not None:
+                    checkpoints.finish(engine)
+                    told = checkpoints.failure or f"checkpoint in {checkpoints.last}"
+                    watcher.say(f"stopped at step {coordinator.step}; {told}")
+                return "stopped"
+        if checkpoints is not None:
+            checkpoints.finish(engine)
+    except WorkerError:
+        raise
+    except Exception:
+        if checkpoints is not None:
+            checkpoints.finish(engine)
+        raise
     return "done"
 
 

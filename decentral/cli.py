@@ -80,7 +80,8 @@ def run(
     console.print(_summary_table(result.summary))
     console.print(f"written to {result.directory}", highlight=False, soft_wrap=True)
     if result.summary["status"] == "stopped":
-        console.print(f"go on with: decentral run --resume {result.directory}", soft_wrap=True)
+        if "checkpoint_error" not in result.summary:
+            console.print(f"go on with: decentral run --resume {result.directory}", soft_wrap=True)
         raise typer.Exit(130)
 
 

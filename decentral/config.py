@@ -188,10 +188,15 @@ class RecordConfig(_Section):
 
 class CheckpointConfig(_Section):
     """A checkpoint every so many steps (null: only when the user stops the run); the newest `keep`
-    stay."""
+    stay.
+
+    path: a folder, or a URL that fsspec knows, such as s3://bucket/run (null: in the run
+    directory). Each run needs a place of its own.
+    """
 
     every: PositiveInt | None = None
     keep: PositiveInt = 2
+    path: Annotated[str, Field(min_length=1)] | None = None
 
 
 class SimConfig(_Section):
@@ -345,8 +350,9 @@ def load(
     """Read a config from a YAML file or a mapping, apply dotted overrides, check it.
 
     A key whose value is null is taken away, so its default holds. A relative `topology.file`
-    or `network.file` is looked up from the working directory, then beside the config file. What
-    `scale_lr` asks for is done, and the section gone: the optimizer's options are those in force.
+    or `network.file` is looked up from the working directory, then beside the config file; a
+    relative `checkpoint.path` is of the working directory. What `scale_lr` asks for is done, and
+    the section gone: the optimizer's options are those in force.
 
     Raises UserError naming each key at fault, what came, and what is allowed.
     """
@@ -354,6 +360,7 @@ def load(
     raw = _without_nulls(override(raw, overrides or {}))
     _split_workers(raw)
     _find_graphs(raw, Path() if isinstance(source, Mapping) else Path(source).parent)
+    _fix_checkpoints(raw)
     _check_keys(raw, Config)
     try:
         config = Config.model_validate(raw)
@@ -553,6 +560,15 @@ def _find_graphs(raw: dict[str, Any], folder: Path) -> None:
         if isinstance(name, str):
             beside = not os.path.exists(name) and os.path.exists(folder / name)
             section["file"] = str((folder / name if beside else Path(name)).absolute())
+
+
+def _fix_checkpoints(raw: dict[str, Any]) -> None:
+    """Make the path of checkpoints absolute, for the same reason."""
+    section = raw.get("checkpoint")
+    path = section.get("path") if isinstance(section, dict) else None
+    if isinstance(path, str) and path and "://" not in path:
+        assert isinstance(section, dict)
+        section["path"] = str(Path(path).expanduser().absolute())
 
 
 def _check_keys(raw: Mapping[str, Any], schema: type[BaseModel], path: str = "") -> None:

@@ -316,11 +316,30 @@ class Coordinator:
             "averaged": self._averaged.state(),
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a `state`; the engine's workers must be at the same step."""
+    def restore(self, state: dict[str, Any], load: Callable[[], None]) -> None:
+        """Go on from a `state`; `load` has the engine's workers do so.
+
+        A run that has more workers now takes the others in as it does newcomers; one that has
+        fewer goes on without the last. Who was absent is absent still.
+        """
+        workers, before = self._experiment.config.workers, len(state["clock"])
+        members = [worker for worker in state["members"] if worker < workers]
+        members = members[: len(self._engine.members)]
+        if list(self._engine.members) != members:
+            self._engine.adopt(members)
+        load()
         self.step = state["step"]
+        self._away = {worker for worker in state["away"] if worker < workers}
+        self._clock.now[: min(before, workers)] = state["clock"][:workers]
+        self._clock.regroup(members, self._experiment.topology_of(members))
+        if before != workers or len(members) < len(state["members"]):
+            self._say(f"{len(members)} of {len(state['members'])} workers go on as they were")
+        if before < workers:
+            self._regroup([*members, *range(before, workers)], range(before, workers))
+            self._say(f"{workers - before} workers come to them, from their mean")
+        elif len(members) < len(state["members"]):
+            self._regroup(members)  # what held for all of them together is begun anew
         self._schedule.state.update(state["schedule"])
-        self._clock.now = np.array(state["clock"])
         if self._norm_test is not None:
             self._norm_test.state["batches"] = state["batches"]
         self._drawn = state["drawn"]

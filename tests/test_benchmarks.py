@@ -12,6 +12,7 @@ pytestmark = pytest.mark.slow
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SMALL = {
+    "driver_kills": ["--engine", "sim", "--kills", "2", "--steps", "150"],
     "gossip_pga_digits": ["--steps", "24", "--seeds", "2", "--workers", "4"],
     "heterogeneity": ["--steps", "6", "--seeds", "2", "--workers", "4"],
     "planner": [
@@ -70,6 +71,30 @@ def test_a_result_says_where_it_was_taken(name, outputs):
     assert taken["cores"] >= 1
     assert taken["threads"] >= 1
     assert {"python", "torch", "decentral"} <= set(taken["versions"])
+
+
+def test_a_run_whose_driver_was_killed_is_the_one_that_nobody_killed(outputs):
+    (row,) = outputs["driver_kills"][0]["engines"]
+    assert row["kills"] == 2
+    assert row["largest_difference"] == 0
+    assert row["left_after_15_s"] == []
+
+
+@pytest.mark.timeout(600)
+def test_a_ray_run_whose_driver_was_killed_goes_on_and_leaves_no_worker(tmp_path):
+    script = [str(BENCHMARKS / "driver_kills.py"), "--engine", "ray", "--kills", "2"]
+    out = tmp_path / "kills.json"
+    done = subprocess.run(
+        [sys.executable, *script, "--steps", "150", "--out", str(out)],
+        capture_output=True,
+        text=True,
+        timeout=580,
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(out.read_text())["engines"]
+    assert row["kills"] == 2
+    assert row["largest_difference"] <= 1e-6
+    assert row["left_after_15_s"] == []
 
 
 def test_the_verdict_of_gossip_pga_digits_follows_its_figures(outputs):

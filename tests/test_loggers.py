@@ -1,6 +1,7 @@
 """Loggers: what they are given is what is read back, and none of them can end a run."""
 
 import importlib.util
+import importlib
 import json
 import logging
 import re
@@ -533,7 +534,9 @@ class FakeGauge:
 @pytest.fixture
 def gauges(monkeypatch):
     monkeypatch.setitem(sys.modules, "prometheus_client", sys)  # the agent's, as if it were there
-    monkeypatch.setattr("decentral.loggers.ray.Gauge", FakeGauge)
+    # By its name in sys.modules: another test may have had it imported anew.
+    module = importlib.import_module("decentral.loggers.ray")
+    monkeypatch.setattr(module, "Gauge", FakeGauge)
     monkeypatch.setattr(FakeGauge, "values", {})
     return FakeGauge.values
 

@@ -4,16 +4,17 @@ An engine runs segments and evaluates; what to run, and what to make of it, is t
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
+from decentral.errors import WorkerError
 from decentral.replica import Report, Segment
+from decentral.storage import Storage, Written
 
 
-class Interrupted(Exception):
+class Interrupted(WorkerError):
     """Workers were lost, or lost each other, while an engine's method was under way.
 
     lost: of each worker that is gone, by number, what became of it and at which step. what: the
@@ -64,6 +65,11 @@ class Engine(Protocol):
         """
         ...
 
+    def adopt(self, members: Sequence[int]) -> None:
+        """Before the first step, be these workers, no more than there are, sorted; all at their
+        start."""
+        ...
+
     def room(self) -> int:
         """How many workers more there is room for, as far as that was looked for just now."""
         ...
@@ -85,12 +91,29 @@ class Engine(Protocol):
         """The state_dict of the averaged model, on the CPU."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write the workers' state, all at the same step, as files in `folder`."""
+    def reach(self, storage: Storage) -> None:
+        """Raise UserError if a worker does not see there what the driver writes."""
         ...
 
-    def load(self, folder: Path) -> None:
-        """Go on from a state that `save` wrote."""
+    def save(self, storage: Storage, folder: str) -> None:
+        """Copy the workers' state, all at the same step, and begin to write it as files in
+        `folder`: they may run on meanwhile. `saved` must have answered before it is called again.
+        """
+        ...
+
+    def saved(self, wait: bool) -> list[Written] | None:
+        """The files of the last `save`, or None while they are being written.
+
+        Raises StorageError, when all have ended, if one could not be written.
+        """
+        ...
+
+    def load(self, storage: Storage, folder: str, files: Mapping[str, Written]) -> None:
+        """Go on from the files that a `save` wrote.
+
+        Raises StorageError if one of them is missing, not what was written, or of another run;
+        another `load` must follow then.
+        """
         ...
 
     def close(self) -> None:

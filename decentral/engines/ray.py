@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,6 +30,7 @@ from decentral.experiment import Experiment
 from decentral.loggers.ray import WorkerGauges
 from decentral.peer import PeerError
 from decentral.replica import Averaging, Report, Segment
+from decentral.storage import Storage, StorageError, Written, all_written
 from decentral.topology import Topology
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ class RayEngine:
         self._blank: set[int] = set()  # workers without a state yet
         self._nodes: dict[int, tuple[str, int]] = {}  # address and process id
         self._bytes: dict[int, int] = {}  # that each worker has sent; -1: those that are gone
+        self._saving: tuple[int, ...] = ()  # the workers of the last checkpoint
         self._settled = False  # whether a segment has come back whole since workers came
         config = experiment.config
         self._cluster = _connect(config.ray, config.workers)
@@ -159,6 +160,22 @@ class RayEngine:
         self._connect_all(Group(tuple(members), None, again=True, new=tuple(new)), blank)
         self._blank.clear()
 
+    def adopt(self, members: Sequence[int]) -> None:
+        spare = {w: a for w, a in self._actors.items() if w not in members}
+        shared, takes = self._shared(), {}
+        for worker in members:
+            if worker not in self._actors:
+                other, actor = spare.popitem()
+                self._actors[worker] = actor
+                self._nodes[worker] = self._nodes.pop(other)
+                takes[worker] = actor.take.remote(worker, shared)
+        for worker, actor in spare.items():  # for later
+            self._starting[worker] = actor, actor.take.remote(worker, shared)
+            del self._nodes[worker]
+        self._actors = {worker: self._actors[worker] for worker in members}
+        self._each(takes)
+        self._connect_all(Group(tuple(members), None))
+
     def prepare(self, workers: Sequence[int]) -> None:
         shared = None
         for worker in workers:
@@ -201,11 +218,32 @@ class RayEngine:
     def average_model(self) -> dict[str, Tensor]:
         return self._all("average_model")[self.members[0]]
 
-    def save(self, folder: Path) -> None:
-        self._all("save", folder)
+    def reach(self, storage: Storage) -> None:
+        with storage.probe() as name:
+            told = self.ask(_unreached, storage.address, name)
+        for worker, address, reason in zip(self.members, self.addresses, told, strict=True):
+            if reason is not None:
+                raise UserError(
+                    f"worker {worker} on node {address} does not see what is written to"
+                    f" {storage.url} ({reason}); put it on storage that all nodes share, or set"
+                    " checkpoint.path=s3://bucket/run or another URL",
+                    "checkpoint.path",
+                )
 
-    def load(self, folder: Path) -> None:
-        self._all("load", folder)
+    def save(self, storage: Storage, folder: str) -> None:
+        self._all("save", storage, folder)
+        self._saving = self.members
+
+    def saved(self, wait: bool) -> list[Written] | None:
+        gone = sorted(set(self._saving) - set(self.members))
+        if gone:
+            raise StorageError(f"worker {gone[0]} is gone, and its part with it")
+        return all_written(list(self._all("saved", wait).values()))
+
+    def load(self, storage: Storage, folder: str, files: Mapping[str, Written]) -> None:
+        for error in self._all("load", storage, folder, files).values():
+            if error is not None:
+                raise error
 
     def ask(self, function: Callable[..., T], *arguments: Any) -> list[T]:
         """`function(worker, *arguments)` of each worker, in their order, all at the same time."""
@@ -409,6 +447,16 @@ def _concatenated(values: list[np.ndarray | None]) -> np.ndarray | None:
     """One array over all workers, or None if they have none."""
     there = [value for value in values if value is not None]
     return np.concatenate(there) if there else None
+
+
+def _unreached(worker: Worker, address: str, name: str) -> str | None:
+    """Why a worker cannot read a probe of the driver's, or None if it can."""
+    try:
+        if Storage(address).read(name) == name.encode():
+            return None
+        return "another file is there"
+    except (StorageError, UserError) as error:
+        return str(error)
 
 
 class _Actor(Worker):

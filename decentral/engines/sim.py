@@ -1,8 +1,8 @@
 """The simulator: all workers in one process, stacked along the first axis of every tensor."""
 
 import copy
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +14,10 @@ from decentral.evaluation import averaged_buffers, evaluate, evaluate_each
 from decentral.experiment import Experiment
 from decentral.gradients import FlatModel, StackedGradient
 from decentral.replica import Replica, Report, Segment, rows_of
+from decentral.storage import Storage, Writing, Written, all_written
 from decentral.timing import step_seconds
+
+FILE = "workers.pt"  # of a checkpoint
 
 
 class Simulator:
@@ -25,6 +28,7 @@ class Simulator:
         self._model = FlatModel(
             copy.deepcopy(experiment.task.model), experiment.dtype, experiment.config.sim.device
         )
+        self._writing: Writing | None = None
         self._members = tuple(range(experiment.config.workers))
         self.replica = self._replicas()
 
@@ -81,6 +85,10 @@ class Simulator:
         )
         self.replica = replica
 
+    def adopt(self, members: Sequence[int]) -> None:
+        self._members = tuple(members)
+        self.replica = self._replicas()
+
     def room(self) -> int:
         return 0
 
@@ -107,11 +115,25 @@ class Simulator:
         first = {name: counter[0] for name, counter in self.replica.counters.items()}
         return self._model.state_dict(*self._mean(), first)
 
-    def save(self, folder: Path) -> None:
-        torch.save(self.replica.state_dict(), folder / "workers.pt")
+    def reach(self, storage: Storage) -> None:
+        pass
 
-    def load(self, folder: Path) -> None:
-        state = torch.load(folder / "workers.pt", map_location="cpu", weights_only=True)
+    def save(self, storage: Storage, folder: str) -> None:
+        state = self.replica.state_dict() | {"members": list(self.members)}
+        self._writing = Writing(storage, f"{folder}/{FILE}", state)
+
+    def saved(self, wait: bool) -> list[Written] | None:
+        assert self._writing is not None, "save comes first"
+        return all_written([self._writing.result(wait)])
+
+    def load(self, storage: Storage, folder: str, files: Mapping[str, Written]) -> None:
+        storage.load(folder, FILE, files, self._load)
+
+    def _load(self, state: dict[str, Any]) -> None:
+        saved = state.pop("members")
+        if saved != list(self.members):
+            rows = torch.tensor([saved.index(worker) for worker in self.members])
+            state = rows_of(state, rows, len(saved))
         self.replica.load_state_dict(state)
 
     def close(self) -> None:

@@ -8,11 +8,10 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +30,7 @@ from decentral.experiment import build
 from decentral.gradients import FlatModel, ModuleGradient
 from decentral.peer import Patience, PeerComm, PeerError, own_group, two_ways
 from decentral.replica import Replica, Report, Segment, filled
+from decentral.storage import Storage, StorageError, Writing, Written
 from decentral.tasks import Sampler
 from decentral.timing import step_seconds
 from decentral.topology import Topology
@@ -104,6 +104,7 @@ class Worker:
         self._model = FlatModel(self._experiment.task.model, self._experiment.dtype, self._device)
         self._store: dist.TCPStore | None = None
         self._replica: Replica | PeerReplica | None = None
+        self._writing: Writing | None = None
 
     def step_seconds(self) -> float:
         """Measured seconds of a local step."""
@@ -163,7 +164,7 @@ class Worker:
         comm = PeerComm(mixing, ways, own, patience, self._device)
         self._comm = comm
         sampler = experiment.sampler([self._number], group.members)
-        if self._replica is None:
+        if self._replica is None or not group.again:
             self._replica = self._start(comm, sampler)
         else:
             self._gradient.sampler = sampler
@@ -256,14 +257,27 @@ class Worker:
             return None
         return self._model.state_dict(x, buffers, self._joined.counters)
 
-    def save(self, folder: Path) -> None:
-        """Write this worker's state to a file of its own in `folder`."""
-        torch.save(self._joined.state_dict(), folder / f"worker-{self._number}.pt")
+    def save(self, storage: Storage, folder: str) -> None:
+        """Copy this worker's state, and begin to write it to a file of its own in `folder`."""
+        if self._writing is not None:
+            self._writing.result(wait=True)
+        self._writing = Writing(storage, f"{folder}/{self._file}", self._joined.state_dict())
 
-    def load(self, folder: Path) -> None:
-        """Go on from a state that `save` wrote."""
-        path = folder / f"worker-{self._number}.pt"
-        self._joined.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    def saved(self, wait: bool) -> Written | StorageError | None:
+        """The file of the last `save`, or why there is none; None while it is being written."""
+        if self._writing is None:
+            return StorageError(f"{self._file} was not begun by this process")
+        return self._writing.result(wait)
+
+    def load(
+        self, storage: Storage, folder: str, files: Mapping[str, Written]
+    ) -> StorageError | None:
+        """Go on from a file that a `save` wrote, or say why it cannot be."""
+        try:
+            storage.load(folder, self._file, files, self._joined.load_state_dict)
+        except StorageError as error:
+            return error
+        return None
 
     def leave(self) -> None:
         """Close all connections to other workers."""
@@ -300,6 +314,11 @@ class Worker:
     def _joined(self) -> Replica | PeerReplica:
         assert self._replica is not None, "connect comes first"
         return self._replica
+
+    @property
+    def _file(self) -> str:
+        """Of a checkpoint."""
+        return f"worker-{self._number}.pt"
 
     @property
     def _timeout(self) -> timedelta:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from decentral import checkpoints
+from decentral.checkpoints import Checkpoints
 from decentral.config import Config, load
 from decentral.coordinator import Coordinator
 from decentral.engines.sim import Simulator
@@ -27,6 +27,7 @@ from decentral.errors import UserError
 from decentral.experiment import build
 from decentral.plan.candidates import Candidate
 from decentral.plan.estimate import Estimate
+from decentral.storage import Storage
 
 FIRST_SHARE = 1 / 16  # of max_steps, of the candidate with the shortest step: the first budget
 FEWEST = 4  # arms are not halved below, until one is there
@@ -349,8 +350,9 @@ def _go_on(job: _Job) -> Progress:
         engine = Simulator(experiment)
         coordinator = Coordinator(experiment, engine)
         folder = Path(job.folder)
+        checkpoints = Checkpoints(Storage(folder), keep=1)
         if folder.exists():
-            checkpoints.restore(checkpoints.latest(folder), coordinator, engine)
+            checkpoints.restore(coordinator, engine)
         for record in coordinator.run():
             if record is not None:
                 short, time_s = job.target.shortfall(record), record["sim_time_s"]
@@ -360,5 +362,8 @@ def _go_on(job: _Job) -> Progress:
                 break
         over = coordinator.step >= job.config.steps
         if not over:
-            checkpoints.save(folder, coordinator, engine, keep=1)
+            checkpoints.begin(coordinator, engine)
+            checkpoints.finish(engine)
+            if checkpoints.failure is not None:
+                raise OSError(checkpoints.failure)
     return Progress(short, None, over, coordinator.step)
