@@ -1,7 +1,7 @@
 """Loggers: what they are given is what is read back, and none of them can end a run."""
 
-import importlib.util
 import importlib
+import importlib.util
 import json
 import logging
 import re
