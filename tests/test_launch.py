@@ -11,10 +11,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import hosts
 import jsonschema
@@ -99,7 +97,7 @@ class Machines:
             own.append(f"mount --bind {mounted}-{self.names[i]} {mounted}")
         return ["unshare", "--uts", "bash", "-ec", "\n".join([*own, f"cd {ROOT}", script])]
 
-    def run(self, i: int, script: str, timeout_s: float = 150) -> str:
+    def run(self, i: int, script: str, timeout_s: float = 300) -> str:
         done = self.hosts.run(
             i, *self.command(i, script), timeout_s=timeout_s, environment=self.environment
         )
@@ -126,6 +124,7 @@ def config(quick):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @on_hosts
 def test_the_readmes_steps_start_a_cluster_that_takes_a_run(config):
     pytest.importorskip("aiohttp", reason="ray job submit needs decentral[cluster]")
@@ -251,15 +250,19 @@ PartitionName=all Nodes=ALL Default=YES State=UP
 """
 
 
+def slurm_knobs(made: Machines) -> str:
+    folder = made.shared
+    return f"VENV={folder}/venv RUNS={folder}/runs RAY_TMPDIR={folder}/local/ray"
+
+
 def sbatch(made: Machines, command: str) -> str:
     """Submit the README's command for `command`, with its knobs; what the job printed, at its end.
     Raises CalledProcessError if the job failed."""
     log = made.shared / "job.log"
     log.unlink(missing_ok=True)
-    knobs = f"VENV={made.shared}/venv RUNS={made.shared}/runs RAY_TMPDIR={made.shared}/local/ray"
     command = re.sub("^sbatch", f"sbatch --wait --output={log}", command)
     try:
-        made.run(0, f"{knobs} {command}")
+        made.run(0, f"{slurm_knobs(made)} {command}")
     finally:
         print(log.read_text() if log.exists() else "the job did not start")
     return log.read_text()
@@ -277,6 +280,7 @@ def slurm_cluster():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @on_hosts
 def test_slurm_runs_the_script_to_its_results(config, slurm_cluster):
     made = slurm_cluster
@@ -296,13 +300,14 @@ def test_slurm_runs_the_script_to_its_results(config, slurm_cluster):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @on_hosts
 def test_a_slurm_job_that_runs_out_of_time_goes_on_from_its_checkpoint(config, slurm_cluster):
     made = slurm_cluster
     config = config.model_copy(update={"steps": 100_000})
     (made.shared / "config.yaml").write_text(dump(config))
     log = made.shared / "first.log"
-    knobs = f"VENV={made.shared}/venv RUNS={made.shared}/runs RAY_TMPDIR={made.shared}/local/ray"
+    knobs = slurm_knobs(made)
     sent = made.run(
         0,
         f"{knobs} sbatch --parsable --output={log} --nodes=1 launch/slurm.sbatch"
@@ -323,3 +328,173 @@ def test_a_slurm_job_that_runs_out_of_time_goes_on_from_its_checkpoint(config, s
     sbatch(made, f"{command.strip()} steps={int(step) + 3}")
     records = pandas.read_json(made.shared / f"runs/decentral-{job}/metrics.jsonl", lines=True)
     assert records.step.iloc[-1] == int(step) + 3
+
+
+# What reads the files, and its schema
+
+
+@pytest.mark.parametrize("name", ["aws", "gcp", "on_premise"])
+def test_rays_launcher_takes_the_cluster(name):
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    stated = yaml.safe_load((LAUNCH / f"{name}.yaml").read_text())
+    cluster = prepare_config(stated)
+    validate_config(cluster)
+    machines = len(stated["provider"].get("worker_ips", [])) or stated["metadata"]["machines"]
+    started = sum(kind["min_workers"] for kind in cluster["available_node_types"].values())
+    assert started == machines == cluster["max_workers"]  # a run wants all of them, all the time
+    assert cluster["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
+    setting = [*cluster["initialization_commands"], *cluster["docker"].get("run_options", [])]
+    assert any("RAY_AUTH_MODE=token" in line for line in setting)
+    commands = [key for key in cluster if key.endswith("_commands")]
+    for command in [command for key in commands for command in cluster[key]]:
+        subprocess.run(["bash", "-nc", command], check=True)
+
+
+def fields(required: str, **properties: dict) -> dict:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": required.split(),
+        "additionalProperties": False,
+    }
+
+
+# The fields in use, of KubeRay's API reference for ray.io/v1 (1.5.1 and newer).
+TEXT, COUNT = {"type": "string"}, {"type": "integer", "minimum": 0}
+START = {"type": "object", "additionalProperties": TEXT}  # of `ray start`, all of them strings
+POD = {"type": "object"}  # Kubernetes' own
+CLUSTER = fields(
+    "rayVersion authOptions headGroupSpec workerGroupSpecs",
+    rayVersion=TEXT,
+    authOptions=fields("mode", mode={"const": "token"}),
+    headGroupSpec=fields("rayStartParams template", rayStartParams=START, template=POD),
+    workerGroupSpecs={
+        "type": "array",
+        "items": fields(
+            "groupName replicas minReplicas maxReplicas rayStartParams template",
+            groupName=TEXT,
+            replicas=COUNT,
+            minReplicas=COUNT,
+            maxReplicas=COUNT,
+            rayStartParams=START,
+            template=POD,
+        ),
+    },
+)
+JOB = fields(
+    "entrypoint rayClusterSpec",
+    entrypoint=TEXT,
+    shutdownAfterJobFinishes={"type": "boolean"},
+    ttlSecondsAfterFinished=COUNT,
+    rayClusterSpec=CLUSTER,
+)
+
+
+@pytest.mark.parametrize("kind", ["RayCluster", "RayJob"])
+def test_kuberay_takes_the_manifest(kind):
+    kubernetes = pytest.importorskip("kubernetes_validate")
+    manifest = yaml.safe_load((LAUNCH / f"kuberay/{kind.lower()}.yaml").read_text())
+    assert manifest["apiVersion"] == "ray.io/v1"
+    assert manifest["kind"] == kind
+    jsonschema.validate(manifest["spec"], CLUSTER if kind == "RayCluster" else JOB)
+    cluster = manifest["spec"] if kind == "RayCluster" else manifest["spec"]["rayClusterSpec"]
+    assert f"ray=={cluster['rayVersion']}" in (ROOT / "constraints.txt").read_text().split()
+
+    claim = yaml.safe_load((LAUNCH / "kuberay/storage.yaml").read_text())
+    kubernetes.validate(claim, "1.31", strict=True)
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    (machines,) = cluster["workerGroupSpecs"]
+    for group in (cluster["headGroupSpec"], machines):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a"}, **group["template"]}
+        kubernetes.validate(pod, "1.31", strict=True)
+        (volume,) = pod["spec"]["volumes"]
+        assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+        (container,) = pod["spec"]["containers"]
+        assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/shared"}]
+    assert machines["minReplicas"] == machines["replicas"] == machines["maxReplicas"]
+
+
+def test_the_readmes_kubernetes_names_are_the_manifests():
+    cluster, job = (
+        yaml.safe_load((LAUNCH / f"kuberay/{name}.yaml").read_text())["metadata"]["name"]
+        for name in ("raycluster", "rayjob")
+    )
+    text = "\n".join(shell_blocks("Kubernetes")).split()
+    # The operator names the rest after them.
+    for name in (f"raycluster/{cluster}", f"service/{cluster}-head-svc", f"rayjob/{job}"):
+        assert name in text
+    assert f"job/{job}" in text
+    assert text[text.index("secret") + 1] == cluster
+    assert f"ray.io/cluster={cluster},ray.io/node-type=head" in text
+
+
+def test_the_command_of_the_rayjob_runs(tmp_path):
+    """Its config is in the image, at the folder that the Dockerfile copies the checkout to."""
+    job = yaml.safe_load((LAUNCH / "kuberay/rayjob.yaml").read_text())
+    dockerfile = (LAUNCH / "Dockerfile").read_text()
+    (folder,) = re.findall(r"^WORKDIR (\S+)$", dockerfile, flags=re.MULTILINE)
+    command = job["spec"]["entrypoint"].replace(f"{folder}/", f"{ROOT}/")
+    words = shlex.split(command.replace("/shared", str(tmp_path)))
+    assert words[:2] == ["decentral", "run"]
+    subprocess.run(
+        [sys.executable, "-m", "decentral", *words[1:], "engine=sim", "steps=2"],
+        check=True,
+        capture_output=True,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
+    )
+    assert (tmp_path / "runs/first/summary.json").exists()
+
+
+def test_the_image_gets_what_it_installs():
+    kept = (LAUNCH / "Dockerfile.dockerignore").read_text().splitlines()
+    assert kept[0] == "*"
+    kept = [line[1:] for line in kept if line.startswith("!")]
+    assert all((ROOT / name).exists() for name in kept)
+    # The package, what pyproject.toml names, and what the install and a run read.
+    needed = "decentral pyproject.toml README.md LICENSE constraints.txt configs topologies"
+    assert set(needed.split()) == set(kept)
+
+
+def test_the_dockerfile_passes_hadolint():
+    done = subprocess.run(
+        [tool("hadolint"), str(LAUNCH / "Dockerfile")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+# Shell
+
+
+@pytest.mark.parametrize("script", shell_blocks(), ids=lambda script: script.splitlines()[0][:40])
+def test_the_readmes_shell_is_shell(script):
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    if shutil.which("shellcheck") is not None:
+        # Knobs that one block sets and the next one reads, and a file that is not here.
+        checked = subprocess.run(
+            ["shellcheck", "--shell=bash", "--exclude=SC2154,SC2034,SC1091", "-"],
+            input=script,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert checked.returncode == 0, checked.stdout
+
+
+def test_the_slurm_script_passes_shellcheck():
+    script = str(LAUNCH / "slurm.sbatch")
+    subprocess.run(["bash", "-n", script], check=True)
+    done = subprocess.run([tool("shellcheck"), script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_file_that_the_readme_names_is_there():
+    named = re.findall(r"launch/[\w./]*\w", "\n".join(shell_blocks()))
+    linked = [f"launch/{link}" for link in re.findall(r"\]\(([^)#:]+)\)", README)]
+    linked += [link.split("#")[0] for link in re.findall(r"\]\((\.\./[^)]+)\)", README)]
+    for name in {*named, *linked}:
+        path = LAUNCH / name if name.startswith("..") else ROOT / name
+        assert path.exists(), name
+    for path in LAUNCH.rglob("*.*"):
+        if path.suffix in (".yaml", ".sbatch"):
+            assert path.relative_to(LAUNCH).as_posix() in README, path
