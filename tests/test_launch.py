@@ -220,11 +220,6 @@ def slurm(k: int) -> Iterator[Machines]:
         except BaseException:
             print((folder / "daemons.log").read_text())
             raise
-        finally:
-            for process in made.hosts.processes():  # jobs, and then the daemons
-                if "slurm" not in process.name() and "munge" not in process.name():
-                    with contextlib.suppress(Exception):
-                        process.kill()
 
 
 SLURM_CONF = """
