@@ -19,7 +19,7 @@ from decentral.asynchronous import AsynchronousRule
 from decentral.batches import Batches, NormTest
 from decentral.clock import Clock, clock_options, cluster_of, compute_scale
 from decentral.engines import Engine, Interrupted
-from decentral.errors import WorkerError
+from decentral.errors import UserError, WorkerError
 from decentral.event_queue import EventQueue
 from decentral.experiment import Experiment
 from decentral.records import Record
@@ -218,10 +218,15 @@ class Coordinator:
         self._engine.prepare(absent[: self._engine.room()])
 
     def _regroup(self, members: Sequence[int], new: Sequence[int] = ()) -> None:
+        try:
+            topology = self._experiment.topology_of(members)
+        except UserError as error:
+            raise WorkerError(
+                f"{len(members)} workers are left, for whom there is no topology: {error}"
+            ) from None
         self._new = tuple(new)  # also of a regrouping that is cut short
         self._engine.regroup(members, new)
         self._new = ()
-        topology = self._experiment.topology_of(members)
         self._clock.regroup(members, topology)
         if self._norm_test is not None and self._norm_test.together > 1:
             self._norm_test.together = len(members)

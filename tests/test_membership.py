@@ -394,3 +394,17 @@ def test_a_run_on_ray_goes_on_with_another_number_of_workers(quick, tmp_path):
     for column in ("loss", "consensus_distance", "workers"):
         a, b = results["sim"][column], results["ray"][column]
         np.testing.assert_allclose(a, b, rtol=1e-9, err_msg=column)
+
+
+def test_a_run_whose_method_has_no_topology_for_those_left_stops(quick):
+    """D2 needs eigenvalues above -1/3, which a ring of four has not."""
+    quick |= {
+        "workers": 5,
+        "algorithm": {"name": "d2"},
+        "optimizer": {"name": "sgd", "lr": 0.01},
+        "topology": {"name": "ring", "weights": "metropolis"},
+        "faults": [{"kind": "kill", "worker": 1, "step": 4}],
+        "on_worker_failure": "shrink",
+    }
+    with pytest.raises(decentral.WorkerError, match=r"^4 workers are left, for whom there is no"):
+        decentral.run(quick)
