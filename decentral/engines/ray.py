@@ -386,13 +386,15 @@ class RayEngine:
                     failures.append(cause)
                 else:
                     errors[worker] = cause
+        for worker, what in lost.items():
+            lost[worker] = f"{self._name(worker)} {what}"
+        if errors and lost:
+            raise WorkerError(self._told(lost, failures, segment))
         if errors:
             worker, error = min(errors.items())
             if isinstance(error, StepError):
                 raise WorkerError(f"worker {worker} failed at step {error.step}: {error.reason}")
             raise WorkerError(f"worker {worker} failed: {type(error).__name__}: {error}")
-        for worker, what in lost.items():
-            lost[worker] = f"{self._name(worker)} {what}"
         return results, lost, failures
 
     def _name(self, worker: int) -> str:

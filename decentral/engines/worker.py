@@ -146,19 +146,14 @@ class Worker:
         interface = interface_of(own_address)
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
         os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # so that its waits have deadlines, as gloo's
-        rank, n = group.members.index(self._number), len(group.members)
-        timeout = timedelta(seconds=RECONNECT_S + n) if group.again else self._timeout
-        if rank > 0:
-            self._store = dist.TCPStore(address, port, timeout=timeout)
-        dist.init_process_group(
-            self._backend, store=self._store, rank=rank, world_size=n, timeout=timeout
-        )
-        experiment, algorithm = self._experiment, self._experiment.algorithm
-        ways = two_ways(timeout) if self._backend == "gloo" and algorithm.needs_topology else None
-        own = own_group(consecutive_groups(n, algorithm.schedule.groups), timeout)
-        if self._backend == "nccl":
-            # NCCL opens its connections at the first collective; point to point needs them.
-            dist.all_reduce(torch.zeros(1, device=self._device))
+        try:
+            ways, own = self._open(address, port, group)
+        except (RuntimeError, TimeoutError) as error:
+            self.leave()
+            rank = group.members.index(self._number)
+            step = 0 if self._replica is None else self._replica.step
+            raise PeerError(rank, step, None, f"{type(error).__name__}: {error}") from error
+        experiment = self._experiment
         patience = Patience(experiment.config.ray.patience, self._timeout.total_seconds())
         mixing = experiment.mixing(group.topology, group.members)
         comm = PeerComm(mixing, ways, own, patience, self._device)
@@ -175,6 +170,25 @@ class Worker:
             new = torch.tensor(self._number in group.new, device=self._device)
             with self._leaving_if_lost():
                 self._replica.regroup(comm, new if group.new else None)
+
+    def _open(
+        self, address: str, port: int, group: Group
+    ) -> tuple[tuple[dist.ProcessGroup, dist.ProcessGroup] | None, dist.ProcessGroup | None]:
+        """Open the process groups: that of all, and PeerComm's `ways` and `own_group`."""
+        algorithm = self._experiment.algorithm
+        rank, n = group.members.index(self._number), len(group.members)
+        timeout = timedelta(seconds=RECONNECT_S + n) if group.again else self._timeout
+        if rank > 0:
+            self._store = dist.TCPStore(address, port, timeout=timeout)
+        dist.init_process_group(
+            self._backend, store=self._store, rank=rank, world_size=n, timeout=timeout
+        )
+        ways = two_ways(timeout) if self._backend == "gloo" and algorithm.needs_topology else None
+        own = own_group(consecutive_groups(n, algorithm.schedule.groups), timeout)
+        if self._backend == "nccl":
+            # NCCL opens its connections at the first collective; point to point needs them.
+            dist.all_reduce(torch.zeros(1, device=self._device))
+        return ways, own
 
     def _start(self, comm: PeerComm, sampler: Sampler) -> Replica | PeerReplica:
         """The replica, as it is at the start of the run."""
