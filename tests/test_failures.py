@@ -76,11 +76,11 @@ def running(config, **changes):
 
 def before(engine, method, act, monkeypatch):
     """Do `act` once, at the next call of a method of the engine, before it."""
-    whole = getattr(engine, method)
+    whole, acts = getattr(engine, method), [act]
 
     def hooked(*arguments, **options):
-        monkeypatch.setattr(engine, method, whole)
-        act()
+        while acts:
+            acts.pop()()
         return whole(*arguments, **options)
 
     monkeypatch.setattr(engine, method, hooked)
