@@ -136,7 +136,7 @@ class Run:
             out = Path(folder) / "run"
             killer = Killer(self, kills, moments, lambda line: console.print(f"{name}: {line}"))
             try:
-                decentral.run(config, out=out, watcher=killer, **{"checkpoint": CONFIG["checkpoint"]})
+                decentral.run(config, out=out, watcher=killer, checkpoint=CONFIG["checkpoint"])
             except decentral.WorkerError as error:
                 self.error = str(error)
                 console.print(f"{name}: failed: {error}")
