@@ -110,6 +110,7 @@ def execute(config: Config, out: Path | None, watcher: Watcher, *, resumes: bool
     loggers = Loggers(build_loggers(config, out), watcher.say)
     rows: list[Record] = []
     status = "failed"
+    failures: list[dict[str, Any]] = []
     directory = checkpoints = None
     if out is not None:
         checkpoints = Checkpoints.of(config.checkpoint, out, watcher.say)
@@ -120,7 +121,7 @@ def execute(config: Config, out: Path | None, watcher: Watcher, *, resumes: bool
 
     def summary(status: str) -> dict[str, Any]:
         seconds = time.perf_counter() - started
-        final = _summary(experiment, rows, status, seconds)
+        final = _summary(experiment, rows, status, seconds, failures)
         if checkpoints is not None and checkpoints.failure is not None:
             final["checkpoint_error"] = checkpoints.failure
         return final
@@ -132,6 +133,7 @@ def execute(config: Config, out: Path | None, watcher: Watcher, *, resumes: bool
             if checkpoints is not None:
                 engine.reach(checkpoints.storage)
             coordinator = Coordinator(experiment, engine, watcher.say)
+            failures = coordinator.failures
             if checkpoints is not None and resumes:
                 checkpoints.restore(coordinator, engine)
             if directory is not None:
@@ -214,7 +216,11 @@ def _run(
 
 
 def _summary(
-    experiment: Experiment, rows: list[Record], status: str, seconds: float
+    experiment: Experiment,
+    rows: list[Record],
+    status: str,
+    seconds: float,
+    failures: list[dict[str, Any]],
 ) -> dict[str, Any]:
     config = experiment.config
     return {
@@ -226,6 +232,7 @@ def _summary(
         "workers": config.workers,
         "parameters": sum(p.numel() for p in experiment.task.model.parameters() if p.requires_grad),
         "final": rows[-1] if rows else None,
+        "failures": failures,
         "seconds": seconds,
         "versions": {
             "python": platform.python_version(),

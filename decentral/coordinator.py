@@ -142,17 +142,20 @@ class Coordinator:
         while True:
             noticed = time.perf_counter()
             lost, what = interruption.lost, str(interruption)
+            stopped = f"{what}; stopped after {self.step} steps"
             left = [worker for worker in self._engine.members if worker not in lost]
             if policy == "stop" or asynchronous:
-                raise WorkerError(what)
+                raise WorkerError(stopped)
             if not any(worker not in self._new for worker in left):
-                raise WorkerError(f"{what}; nobody is left")
+                raise WorkerError(f"{stopped}: nobody is left")
             least = self._experiment.config.min_workers or 1
             if len(left) < least:
-                raise WorkerError(f"{what}; {len(left)} workers are left, workers.min is {least}")
+                raise WorkerError(
+                    f"{stopped}: {len(left)} workers are left, workers.min is {least}"
+                )
             self._retries += 1
             if self._retries > RETRIES:
-                raise WorkerError(f"{what}; {RETRIES} attempts to go on have failed")
+                raise WorkerError(f"{stopped}: {RETRIES} attempts to go on have failed")
             try:
                 self._regroup(left, [worker for worker in self._new if worker in left])
             except Interrupted as again:

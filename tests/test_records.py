@@ -42,6 +42,7 @@ SUMMARY = [
     "workers",
     "parameters",
     "final",
+    "failures",
     "seconds",
     "versions",
     "machine",

@@ -305,7 +305,9 @@ class Worker:
         """Close the connections at once if an exchange fails: it tells the others."""
         try:
             yield
-        except PeerError:
+        except PeerError as error:
+            # The variables of the call that failed hold its process group, and so its connections.
+            traceback.clear_frames(error.__traceback__)
             self.leave()
             raise
 

@@ -1,0 +1,475 @@
+"""Workers are lost, hang, and come: the run goes on as its config says, or says why it cannot."""
+
+import functools
+import json
+import logging
+import os
+import re
+import signal
+import time
+from contextlib import contextmanager
+from datetime import timedelta
+
+import numpy as np
+import psutil
+import pytest
+import ray
+import yaml
+from ray.exceptions import RayError
+from test_cli import call
+
+from decentral.checkpoints import Checkpoints
+from decentral.config import RayConfig, load
+from decentral.coordinator import RETRIES, Coordinator
+from decentral.engines import Interrupted
+from decentral.engines import ray as ray_engine
+from decentral.engines.ray import RayEngine, start_actors
+from decentral.errors import WorkerError
+from decentral.experiment import build
+from decentral.peer import Patience, PeerError
+from decentral.replica import Averaging, Report, Segment
+from decentral.storage import Storage
+
+# How long a worker waits for the others.
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time that Patience reads: set it."""
+    now = [100.0]
+    monkeypatch.setattr("decentral.peer.time.perf_counter", lambda: now[0])
+    return now
+
+
+def test_the_first_exchange_has_the_time_that_loading_takes(clock):
+    patience = Patience(factor=3.0, first_s=300.0)
+    clock[0] += 50.0
+    assert patience.deadline() == timedelta(seconds=300)
+
+
+def test_patience_is_that_of_the_longest_of_work_and_exchange(clock):
+    patience = Patience(factor=3.0, first_s=300.0)
+    patience.deadline()
+    clock[0] += 1.0  # the exchange
+    patience.over()
+    assert patience.deadline() == timedelta(seconds=10)  # 3 x 1 s is below the floor
+    clock[0] += 7.0
+    patience.over()
+    assert patience.deadline() == timedelta(seconds=21)  # 3 x 7 s in the exchange
+    patience.over()
+    clock[0] += 20.0  # at work
+    assert patience.deadline() == timedelta(seconds=60)
+    patience.over()
+    assert patience.deadline() == timedelta(seconds=21)  # a long phase of work counts once
+
+
+def test_what_came_before_a_segment_is_no_work(clock):
+    patience = Patience(factor=3.0, first_s=300.0)
+    patience.deadline()
+    patience.over()
+    clock[0] += 1000.0  # an evaluation
+    patience.begin()
+    clock[0] += 5.0
+    assert patience.deadline() == timedelta(seconds=15)
+
+
+# What the coordinator makes of what an engine loses.
+
+
+class Scripted:
+    """An engine whose calls of `run` and `regroup` go as told; left alone, all goes well.
+
+    A step's loss is i + 1 on worker i. `asked` are the segments, `groups` the regroupings.
+    """
+
+    def __init__(self, workers, runs=(), regroups=()):
+        self.members = tuple(range(workers))
+        self.asked, self.groups = [], []
+        self._runs, self._regroups = list(runs), list(regroups)
+
+    def run(self, segment):
+        self.asked.append(segment)
+        if self._runs:
+            lost, steps, whole = self._runs.pop(0)
+            left = [worker for worker in self.members if worker not in lost]
+            report = self.report(segment, steps, left, whole) if left else None
+            raise Interrupted(dict.fromkeys(lost, "died"), f"lost {lost}", report, whole)
+        return self.report(segment, segment.stop - segment.start, self.members, True)
+
+    def report(self, segment, steps, members, whole):
+        return Report(
+            stop=segment.start + steps,
+            loss=np.array([steps * (worker + 1.0) for worker in members]),
+            deviation=np.full(len(members), 4.0) if segment.record and whole else None,
+            moved=None,
+            gradient_square=None,
+            variance=None,
+            bytes_sent=0,
+            events=[],
+            lr=0.1,
+            next_lr=0.1,
+        )
+
+    def regroup(self, members, new=()):
+        self.groups.append((list(members), list(new)))
+        self.members = tuple(members)
+        if self._regroups:
+            lost = self._regroups.pop(0)
+            raise Interrupted(dict.fromkeys(lost, "died"), f"lost {lost} too")
+
+    def evaluate(self):
+        return {"eval_loss": 1.0}
+
+    def ready(self):
+        return []
+
+    def room(self):
+        return 0
+
+    def prepare(self, workers):
+        assert not workers
+
+
+def scripted(quick, runs=(), regroups=(), workers=3, **changes):
+    """A coordinator over a Scripted engine, of which every fourth step is recorded and averages."""
+    config = quick | {
+        "workers": workers,
+        "steps": 8,
+        "on_worker_failure": "shrink",
+        "record": {"every": 4},
+    }
+    engine = Scripted(workers, runs, regroups)
+    return Coordinator(build(load(config | changes)), engine), engine
+
+
+def test_a_loss_is_the_mean_of_those_who_took_the_steps(quick):
+    coordinator, engine = scripted(quick, runs=[([2], 3, False)])
+    records = [record for record in coordinator.run() if record is not None]
+    assert [(s.start, s.stop) for s in engine.asked] == [(0, 4), (3, 4), (4, 8)]
+    assert engine.groups == [([0, 1], [])]
+    assert [record["step"] for record in records] == [4, 8]
+    assert [record["loss"] for record in records] == [1.5, 1.5]  # workers 0 and 1, each step
+    assert records[0]["workers"] == 2
+    assert records[0]["consensus_distance"] == 2.0
+
+
+def test_steps_before_a_loss_count_with_all_who_took_them(quick):
+    coordinator, _ = scripted(quick, runs=[([], 2, False), ([2], 0, False)])
+    first = next(record for record in coordinator.run() if record is not None)
+    assert first["loss"] == pytest.approx((2 * 2.0 + 2 * 1.5) / 4)  # three workers, then two
+
+
+def test_a_segment_that_was_all_done_is_recorded_and_not_run_again(quick):
+    coordinator, engine = scripted(quick, runs=[([2], 4, True)])
+    records = [record for record in coordinator.run() if record is not None]
+    assert [(s.start, s.stop) for s in engine.asked] == [(0, 4), (4, 8)]
+    assert [record["step"] for record in records] == [4, 8]
+
+
+def test_an_average_that_was_cut_short_is_made_up_for_without_a_step(quick):
+    coordinator, engine = scripted(quick, runs=[([2], 4, False)])
+    records = [record for record in coordinator.run() if record is not None]
+    made_up = engine.asked[1]
+    assert (made_up.start, made_up.stop) == (4, 4)
+    assert made_up.global_average
+    assert made_up.record
+    assert records[0]["lr"] == 0.1
+    assert records[0]["consensus_distance"] == 2.0
+    assert [record["loss"] for record in records] == [1.5, 1.5]
+
+
+def test_another_lost_in_the_recovery_starts_it_again(quick):
+    coordinator, engine = scripted(quick, runs=[([2], 1, False)], regroups=[[1]])
+    assert [r["workers"] for r in coordinator.run() if r is not None] == [1, 1]
+    assert engine.groups == [([0, 1], []), ([0], [])]
+    assert [failure["lost"] for failure in coordinator.failures] == [[2], [1]]
+    assert [failure["step"] for failure in coordinator.failures] == [1, 1]
+
+
+def test_attempts_without_a_step_come_to_an_end(quick):
+    coordinator, engine = scripted(quick, runs=[([], 0, False)] * 100)
+    with pytest.raises(WorkerError, match=f"{RETRIES} attempts to go on have failed"):
+        list(coordinator.run())
+    assert len(engine.groups) == RETRIES
+
+
+def test_a_step_between_two_failures_is_a_new_start(quick):
+    runs = [([], 1, False)] * (2 * RETRIES)
+    coordinator, _ = scripted(quick, runs, steps=24, record={"every": 24})
+    assert [r["step"] for r in coordinator.run() if r is not None] == [24]
+
+
+@pytest.mark.parametrize(
+    ("lost", "changes", "told"),
+    [
+        ([0, 1, 2], {}, "nobody is left"),
+        ([1, 2], {"min_workers": 2}, "1 workers are left, workers.min is 2"),
+        ([1], {"on_worker_failure": "stop"}, r"lost \[1\]"),
+    ],
+)
+def test_a_run_that_cannot_go_on_says_why(quick, lost, changes, told):
+    coordinator, engine = scripted(quick, runs=[(lost, 1, False)], **changes)
+    with pytest.raises(WorkerError, match=told):
+        list(coordinator.run())
+    assert not engine.groups
+
+
+def test_who_was_lost_is_told_by_number_process_node_and_step():
+    engine = RayEngine.__new__(RayEngine)
+    engine._actors = dict.fromkeys([1, 4, 7])
+    engine._nodes = {worker: ("10.0.0.1", 100 + worker) for worker in engine._actors}
+    failures = [PeerError(0, 6, 2, "closed"), PeerError(1, 5, 0, "closed")]  # ranks
+    segment = Segment(0, 9, Averaging.NOBODY, False, False)
+    lost = {7: "worker 7 died"}
+    assert engine._told(lost, failures, segment) == "worker 7 died at step 6"
+    assert engine._told({7: "worker 7 died"}, [], segment) == "worker 7 died in steps 0 to 8"
+    assert engine._told({}, failures, segment) == (
+        "worker 4 (process 104 on node 10.0.0.1) lost the connection to worker 1 (process 101 on"
+        " node 10.0.0.1) at step 5: closed"
+    )
+
+
+# On Ray.
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Actors that tests share, for starting them is most of a test's time, and room for others."""
+    ray.init(
+        num_cpus=8,
+        include_dashboard=False,
+        object_store_memory=128 * 2**20,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    yield []
+    ray.shutdown()
+
+
+def actors_of(cluster, workers):
+    """So many of the shared actors: those that earlier tests have left alive, and new ones."""
+    for actor in list(cluster):
+        try:
+            ray.get(actor.node.remote(), timeout=60)
+        except RayError:
+            cluster.remove(actor)
+    cluster += start_actors(RayConfig(), workers - len(cluster))
+    return cluster[:workers]
+
+
+class Running:
+    """A run on Ray, and what it said."""
+
+    def __init__(self, cluster, config):
+        self.lines = []
+        self.experiment = build(load(config))
+        actors = () if cluster is None else actors_of(cluster, self.experiment.config.workers)
+        self.engine = RayEngine(self.experiment, self.lines.append, actors)
+        self.coordinator = Coordinator(self.experiment, self.engine, self.lines.append)
+        self._segments = self.coordinator.run()
+        self.records = []
+
+    def until(self, step):
+        """Run on, to the end of the segment in which `step` lies."""
+        while self.coordinator.step < step:
+            record = next(self._segments)
+            if record is not None:
+                self.records.append(record)
+
+    def end(self):
+        self.until(self.experiment.config.steps)
+        assert next(self._segments, "over") == "over"
+        every = self.experiment.config.record.every
+        assert [r["step"] for r in self.records] == list(
+            range(every, self.experiment.config.steps + 1, every)
+        )
+
+    def pid(self, worker):
+        return self.engine._nodes[worker][1]
+
+    def kill(self, worker):
+        os.kill(self.pid(worker), signal.SIGKILL)
+
+
+@contextmanager
+def running(cluster, config, **changes):
+    run = Running(cluster, config | {"engine": "ray"} | changes)
+    try:
+        yield run
+    finally:
+        run.engine.close()
+
+
+def before(engine, method, act, monkeypatch):
+    """Do `act` once, at the next call of a method of the engine, before it."""
+    whole, acts = getattr(engine, method), [act]
+
+    def hooked(*arguments, **options):
+        while acts:
+            acts.pop()()
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(engine, method, hooked)
+
+
+@pytest.mark.slow
+def test_shrink_goes_on_without_one_that_is_killed(cluster, quick):
+    with running(cluster, quick, workers=3, on_worker_failure="shrink") as run:
+        run.until(6)
+        pid = run.pid(1)
+        run.kill(1)
+        run.end()
+    assert [record["workers"] for record in run.records] == [3, 3, *[2] * 6]
+    (failure,) = run.coordinator.failures
+    assert failure["lost"] == [1]
+    assert failure["left"] == 2
+    assert failure["what"].startswith(f"worker 1 (process {pid} on node ")
+    assert " died at step " in failure["what"] or " died in steps " in failure["what"]
+    assert 6 <= failure["step"] <= 9
+    assert failure["recovery_s"] < 10
+
+
+@pytest.mark.slow
+def test_replace_has_all_workers_again(cluster, quick):
+    """The others go on until the new one is up, which takes a process the time to start."""
+    long = {"steps": 100_000, "record": {"every": 50}}
+    with running(cluster, quick, workers=3, **long) as run:
+        run.until(50)
+        before_it = run.pid(1)
+        run.kill(1)
+        run.until(100)
+        assert run.records[-1]["workers"] == 2
+        end = time.monotonic() + 60
+        while len(run.engine.members) < 3 and time.monotonic() < end:
+            run.until(run.coordinator.step + 1)
+        came = run.coordinator.step
+        run.until(came + 50)
+        assert run.records[-1]["workers"] == 3
+        assert run.pid(1) != before_it
+        assert any(line.startswith("worker 1 came at step") for line in run.lines)
+        assert run.records[-1]["loss"] < run.records[0]["loss"]
+        steps = [record["step"] for record in run.records]
+        assert steps == list(range(50, steps[-1] + 1, 50))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("worker", [0, 2])
+def test_one_killed_before_an_evaluation_is_known_of_at_once(cluster, quick, monkeypatch, worker):
+    """Also by those who do not exchange with it: they hear of it from those who do."""
+    with running(cluster, quick, on_worker_failure="shrink") as run:
+        run.until(3)
+        before(run.engine, "evaluate", lambda: run.kill(worker), monkeypatch)
+        began = time.monotonic()
+        run.end()
+        assert time.monotonic() - began < Patience.FLOOR_S / 2
+    assert [failure["lost"] for failure in run.coordinator.failures] == [[worker]]
+    assert "eval_accuracy" in run.records[3]
+
+
+@pytest.mark.slow
+def test_one_killed_at_a_checkpoint_costs_no_later_one(cluster, quick, monkeypatch, tmp_path):
+    with running(cluster, quick, workers=3, on_worker_failure="shrink") as run:
+        checkpoints = Checkpoints(Storage(tmp_path), keep=3)
+        run.until(6)
+        before(run.engine, "save", lambda: run.kill(1), monkeypatch)
+        begin = functools.partial(checkpoints.begin, run.coordinator, run.engine)
+        run.coordinator.steadily(begin)
+        checkpoints.finish(run.engine)
+        assert checkpoints.failure is None
+        assert checkpoints.newest() == 6
+        run.until(12)
+        run.coordinator.steadily(begin)
+        checkpoints.finish(run.engine)
+        assert checkpoints.newest() == 12
+        run.end()
+    assert run.records[-1]["workers"] == 2
+
+
+@pytest.mark.slow
+def test_one_killed_in_a_recovery_is_left_behind_too(cluster, quick, monkeypatch):
+    with running(cluster, quick, on_worker_failure="shrink") as run:
+        run.until(6)
+        before(run.engine, "regroup", lambda: run.kill(0), monkeypatch)
+        run.kill(2)
+        run.end()
+    assert [failure["lost"] for failure in run.coordinator.failures] == [[2], [0]]
+    assert run.records[-1]["workers"] == 2
+
+
+@pytest.mark.slow
+def test_one_that_hangs_is_taken_for_lost_by_a_deadline(cluster, quick, monkeypatch):
+    monkeypatch.setattr(ray_engine, "OVERDUE_S", 3.0)
+    with running(cluster, quick, workers=3, on_worker_failure="shrink", ray={"patience": 1}) as run:
+        run.engine.ask(set_patience, 2.0)
+        run.until(6)
+        pid = run.pid(1)
+        os.kill(pid, signal.SIGSTOP)
+        began = time.monotonic()
+        run.end()
+        assert 2.0 < time.monotonic() - began < 20
+    (failure,) = run.coordinator.failures
+    assert failure["lost"] == [1]
+    assert f"(process {pid} on node" in failure["what"]
+    assert "has not answered for" in failure["what"]
+    _, alive = psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], 20)
+    assert not alive  # Ray ends it, once it has not heeded the order to go
+
+
+def set_patience(worker, floor_s):
+    worker._comm.patience.FLOOR_S = floor_s
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gossip_pga", "parallel_sgd"])
+def test_workers_that_take_each_other_for_lost_reconnect(cluster, quick, method):
+    algorithm = {"name": method} | ({"period": 4} if method == "gossip_pga" else {})
+    with running(cluster, quick, workers=3, algorithm=algorithm, on_worker_failure="shrink") as run:
+        run.until(6)
+        run.engine.ask(stumble)
+        run.end()
+    assert [failure["lost"] for failure in run.coordinator.failures] == [[]]
+    assert any("lost the connection to" in line and "reconnected" in line for line in run.lines)
+    assert run.records[-1]["workers"] == 3
+
+
+def stumble(worker):
+    """Worker 0 is late once, and worker 1 does not wait for anybody."""
+    comm = worker._comm
+    if worker._number == 1:
+        comm.patience.deadline = lambda: timedelta(milliseconds=1)
+    if worker._number == 0:
+        deadline = comm.patience.deadline
+
+        def late():
+            comm.patience.deadline = deadline
+            time.sleep(1.0)
+            return deadline()
+
+        comm.patience.deadline = late
+
+
+@pytest.mark.slow
+def test_too_few_left_stop_the_run_and_all_is_told(cluster, quick, monkeypatch, tmp_path, capsys):
+    """The last worker is killed after each evaluation, until fewer than the least are there."""
+    evaluate = RayEngine.evaluate
+
+    def killing(engine):
+        values = evaluate(engine)
+        os.kill(engine._nodes[engine.members[-1]][1], signal.SIGKILL)
+        return values
+
+    monkeypatch.setattr(RayEngine, "evaluate", killing)
+    quick |= {"workers": {"min": 2, "max": 3}, "engine": "ray", "steps": 120}
+    quick |= {"record": {"every": 1, "evaluate_every": 40}, "checkpoint": {"every": 40}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(quick))
+    out = tmp_path / "run"
+    told = call(capsys, "run", str(tmp_path / "config.yaml"), "--out", str(out), code=1)
+    assert "1 workers are left, workers.min is 2" in " ".join(told.split())
+    assert Checkpoints(Storage(out / "checkpoints"), keep=1).newest() == 40
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert "stopped after 80 steps" in summary["error"]
+    (failure,) = summary["failures"]
+    assert list(failure) == ["step", "lost", "what", "left", "recovery_s"]
+    assert (failure["step"], failure["lost"], failure["left"]) == (40, [2], 2)
+    assert re.match(r"worker 2 \(process \d+ on node \S+\) died", failure["what"])
