@@ -32,7 +32,16 @@ from decentral.algorithms.zeroth_order import ZerothOrder
 from decentral.asynchronous import AsynchronousRule
 from decentral.clock import clock_options
 from decentral.comm import Comm
-from decentral.config import ChurnFault, Config, CutFault, DelayFault, LoseFault, TaskConfig
+from decentral.config import (
+    ChurnFault,
+    Config,
+    CutFault,
+    DelayFault,
+    JoinFault,
+    KillFault,
+    LoseFault,
+    TaskConfig,
+)
 from decentral.draws import hash64
 from decentral.errors import UserError
 from decentral.event_queue import Matchings, acceleration
@@ -73,6 +82,7 @@ class Experiment:
     faults: Faults
     matchings: Matchings | None = None  # of an asynchronous method
     _topologies: dict[tuple[int, ...], Topology] = field(default_factory=dict)  # of some workers
+    _made: dict[int, Topology] = field(default_factory=dict)  # by name, of so many workers
 
     @property
     def message_size(self) -> int:
@@ -158,7 +168,11 @@ class Experiment:
 
         def remake(n: int) -> Topology:
             assert chosen is not None, "the topology came from there"
-            return topologies.build(n, chosen.name, None, chosen.weights, **chosen.options)
+            if n not in self._made:
+                self._made[n] = topologies.build(
+                    n, chosen.name, None, chosen.weights, **chosen.options
+                )
+            return self._made[n]
 
         named = chosen is not None and chosen.name is not None
         topology = topologies.reknit(self.topology, members, remake if named else None)
@@ -384,8 +398,21 @@ def _faults(config: Config, algorithm: Algorithm, topology: Topology | None) -> 
     """The script, held to what the engine, the method and the topology can do with it."""
     faults = Faults(config.faults, config.seed, config.workers)
     name, rule = config.algorithm.name, algorithm.rule
+    asynchronous = isinstance(rule, AsynchronousRule)
+    if asynchronous and config.min_workers is not None:
+        raise UserError(
+            f"the workers of {name} have no common step before which others could come; got min"
+            f" {config.min_workers}. Set workers={config.workers}, or use gossip_sgd",
+            "workers",
+        )
     for number, fault in enumerate(faults.script):
         key = f"faults.{number}"
+        if asynchronous and isinstance(fault, KillFault | JoinFault | ChurnFault):
+            raise UserError(
+                f"the workers of {name} have no common step before which one could go or come;"
+                f" got {fault.kind}. Take it away, or use gossip_sgd",
+                key,
+            )
         if isinstance(fault, DelayFault | ChurnFault) and config.engine != "sim":
             raise UserError(
                 f"{fault.kind} is for the simulator alone; set engine=sim, or take it away", key
@@ -398,10 +425,10 @@ def _faults(config: Config, algorithm: Algorithm, topology: Topology | None) -> 
                 " away, or use a gossip method",
                 key,
             )
-        if isinstance(rule, Choco | Relay | AsynchronousRule):
+        if asynchronous or isinstance(rule, Choco | Relay):
             why = (
                 "exchanges in pairs, not along W"
-                if isinstance(rule, AsynchronousRule)
+                if asynchronous
                 else "builds on every message before"
             )
             raise UserError(

@@ -58,6 +58,8 @@ class Faults:
         self._churn = [fault for fault in script if isinstance(fault, ChurnFault)]
         self._kills = {(f.step, f.worker) for f in script if isinstance(f, KillFault)}
         self._joins = {(f.step, f.worker) for f in script if isinstance(f, JoinFault)}
+        everyone = np.arange(workers)
+        self._churn_keys = [self._key(_CHURN, k, everyone) for k in range(len(self._churn))]
         self._check()
 
     @property
@@ -120,13 +122,12 @@ class Faults:
         live = np.array(sorted(set(members) - killed), dtype=np.int64)
         away = np.array(sorted(set(range(self._workers)) - set(members)), dtype=np.int64)
         leaves, margin = np.zeros(len(live), dtype=bool), np.ones(len(live))
-        for number, fault in enumerate(self._churn):
+        for fault, key in zip(self._churn, self._churn_keys, strict=True):
             if fault.covers(step):
-                drawn = _draw(self._key(_CHURN, number, live), step)
-                leaves |= drawn < fault.leave
-                margin = np.minimum(margin, drawn - fault.leave)
-                back = _draw(self._key(_CHURN, number, away), step) < fault.return_
-                joined |= set(away[back].tolist())
+                drawn = _draw(key, step)
+                leaves |= drawn[live] < fault.leave
+                margin = np.minimum(margin, drawn[live] - fault.leave)
+                joined |= set(away[drawn[away] < fault.return_].tolist())
         if len(live) and leaves.all():
             leaves[margin.argmax()] = False
         return Changes(*(tuple(sorted(ids)) for ids in (killed, live[leaves].tolist(), joined)))
@@ -141,12 +142,11 @@ class Faults:
         windows = [(f.start, math.inf if f.stop is None else f.stop) for f in self._churn]
         last = min(max(end for _, end in windows), math.inf if stop is None else stop)
         step = max(step, min(start for start, _ in windows))
-        keys = [self._key(_CHURN, k, np.arange(self._workers)) for k in range(len(self._churn))]
         block, drawn = 16, 0
         while step < last:
             steps = np.arange(step, min(step + block, last), dtype=np.int64)[:, None]
             changed = np.zeros(len(steps), dtype=bool)
-            for key, (start, end), chance in zip(keys, windows, chances, strict=True):
+            for key, (start, end), chance in zip(self._churn_keys, windows, chances, strict=True):
                 hit = _draw(key, torch.from_numpy(steps)) < chance
                 changed |= (hit & (start <= steps) & (steps < end)).any(axis=1)
             if changed.any():

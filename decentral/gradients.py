@@ -73,7 +73,7 @@ class FlatModel:
         self.module = module.to(device=device, dtype=dtype).train()
         self.dtype = dtype
         self.device = device
-        self.takes_vmap = True  # until somebody finds that it does not
+        self.takes_vmap: bool | None = None  # until somebody has tried
         trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         floating = {name: b for name, b in module.named_buffers() if b.is_floating_point()}
         self.parameters = Layout(trainable)
@@ -235,10 +235,11 @@ class StackedGradient:
         }
         self._buffers = model.buffers.views(self.buffers) | self.counters
         self._stacked = vmap(self._loss, randomness="different")
-        model.takes_vmap = self._takes_vmap()
+        if model.takes_vmap is None:
+            model.takes_vmap = self._takes_vmap()
+            if model.takes_vmap and autocast is not None:
+                log.warning("autocast rounds otherwise under vmap, so workers run one by one")
         self._stacks = model.takes_vmap and autocast is None
-        if model.takes_vmap and not self._stacks:
-            log.warning("autocast rounds otherwise under vmap, so workers run one by one")
         convolves = any(isinstance(m, nn.modules.conv._ConvNd) for m in model.module.modules())
         chunk = CHUNK_WORKERS_WITH_CONVOLUTIONS if convolves else n
         self._chunk = min(n, chunk) if self._stacks else 1

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.slow
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SMALL = {
+    "churn": ["--steps", "60"],
     "driver_kills": ["--engine", "sim", "--kills", "2", "--steps", "150"],
     "gossip_pga_digits": ["--steps", "24", "--seeds", "2", "--workers", "4"],
     "heterogeneity": ["--steps", "6", "--seeds", "2", "--workers", "4"],

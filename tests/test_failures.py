@@ -138,7 +138,7 @@ def scripted(quick, runs=(), regroups=(), workers=3, **changes):
         "on_worker_failure": "shrink",
         "record": {"every": 4},
     }
-    engine = Scripted(workers, runs, regroups)
+    engine: Any = Scripted(workers, runs, regroups)  # an Engine, as far as these tests go
     return Coordinator(build(load(config | changes)), engine), engine
 
 

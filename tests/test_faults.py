@@ -664,6 +664,28 @@ WRONG = {
         {"algorithm": {"name": "ad_psgd"}},
         "faults.0: ad_psgd exchanges in pairs, not along W",
     ),
+    "asynchronous, killed": (
+        kill(1, 4),
+        {"algorithm": {"name": "ad_psgd"}},
+        "faults.0: the workers of ad_psgd have no common step before which one could go or come;"
+        " got kill",
+    ),
+    "asynchronous, joined": (
+        join(1, 4),
+        {"algorithm": {"name": "ad_psgd"}},
+        "faults.0: the workers of ad_psgd have no common step",
+    ),
+    "asynchronous, churned": (
+        churn(0.1, 0.2),
+        {"algorithm": {"name": "a2cid2"}},
+        "faults.0: the workers of a2cid2 have no common step",
+    ),
+    "asynchronous, elastic": (
+        {"kind": "slow", "worker": 0, "factor": 2.0},
+        {"algorithm": {"name": "ad_psgd"}, "workers": {"min": 2, "max": 4}},
+        "workers: the workers of ad_psgd have no common step before which others could come; got"
+        " min 2. Set workers=4",
+    ),
     "late mass": (
         delay(0.1, 2),
         {"algorithm": {"name": "sgp"}},
