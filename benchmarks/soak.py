@@ -76,9 +76,12 @@ def main(
     moments = random.Random(seed)
     runs: list[Run] = []
     while (done := sum(len(run.kills) for run in runs)) < kills:
-        assert len(runs) < kills + 2 or done > len(runs) // 2, "runs end before a kill: more steps"
         runs.append(Run.numbered(len(runs), steps))
         runs[-1].go(min(KILLS_A_RUN, kills - done), moments, console)
+        if not runs[-1].kills:
+            raise typer.BadParameter(
+                f"a run of {steps} was over before a kill; take more", param_hint="--steps"
+            )
     summary = summarised(runs)
     console.print(table(summary))
     if out is not None:

@@ -31,6 +31,7 @@ SMALL = {
         "1",
     ],
     "simulator_rate": ["--workers", "4", "--workers", "8", "--repeats", "1"],
+    "soak": ["--kills", "1"],
 }
 NEEDS_HOSTS = {"clock_against_reality": ["--rate", "1000", "--records", "2", "--hidden", "8"]}
 if hosts.why_not() is None:
@@ -115,6 +116,14 @@ def test_simulator_rate_measures_the_sizes_asked_for(outputs):
     assert [row["workers"] for row in sizes] == [4, 8]
     assert {row["parameters"] for row in sizes} == {19_210}
     assert all(row["step_ms"] > 0 and row["ratio"] > 0 for row in sizes)
+
+
+def test_a_soaked_run_ends_whole_without_the_worker_that_was_killed(outputs):
+    result, _ = outputs["soak"]
+    assert result["kills"] == 1
+    assert result["runs_that_ended"] == result["runs_whole"] == result["runs"]
+    assert result["processes_left"] == 0
+    assert result["holds"]
 
 
 def fields(value):

@@ -9,6 +9,7 @@ import signal
 import time
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import psutil
@@ -138,7 +139,7 @@ def scripted(quick, runs=(), regroups=(), workers=3, **changes):
         "on_worker_failure": "shrink",
         "record": {"every": 4},
     }
-    engine: Any = Scripted(workers, runs, regroups)  # an Engine, as far as these tests go
+    engine: Any = Scripted(workers, runs, regroups)
     return Coordinator(build(load(config | changes)), engine), engine
 
 
