@@ -690,9 +690,7 @@ class Scrapes(Told):
 
 
 @pytest.mark.slow
-@needs(
-    "aiohttp_cors", "Ray's agents export metrics with ray[default] alone; decentral[ray] has it"
-)
+@needs("aiohttp_cors", "Ray's agents export metrics with ray[default] alone; decentral[ray] has it")
 def test_rays_agent_exports_the_metrics_of_run_and_workers(quick, tmp_path):
     import ray
 
