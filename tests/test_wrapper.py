@@ -2,20 +2,25 @@
 
 import io
 import math
+import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from processes import run_on_ranks
+from test_readme import one_block
 from torch import nn
 
 import decentral
 from decentral.config import load
 from decentral.coordinator import Coordinator
 from decentral.engines.sim import Simulator
+from decentral.errors import StepError
 from decentral.experiment import build
 from decentral.tasks import fetch
 
@@ -207,7 +212,7 @@ def test_a_scheduler_made_before_wrap_sets_the_learning_rate_too(alone):
     scheduler = torch.optim.lr_scheduler.StepLR(bare, 1, gamma=0.5)
     optimizer = decentral.wrap(model, bare, "local_sgd", period=2)
     before = model[0].bias.detach().clone()
-    for step in range(2):
+    for _ in range(2):
         model.zero_grad()
         model[0].bias.sum().backward()
         optimizer.step()
@@ -370,3 +375,224 @@ def test_a_method_that_reckons_with_one_learning_rate_takes_no_other(alone):
     )
     with pytest.raises(decentral.UserError, match=r"groups have \[0\.03, 0\.1\]"):
         optimizer.step()
+
+
+# Several workers.
+
+
+def trained(rank, steps, resumed_at=None):
+    """The model after `steps`, and its optimizer; from a checkpoint where one is taken."""
+
+    def begin():
+        model = network()
+        optimizer = torch.optim.AdamW(two_groups(model), lr=0.02)
+        schedule = {"name": "adaptive", "initial_period": 2, "warmup": 3}
+        method = {"name": "gradient_tracking", "schedule": schedule}
+        return model, decentral.wrap(model, optimizer, method, {"name": "complete"})
+
+    model, optimizer = begin()
+    for step in range(steps):
+        if step == resumed_at:
+            file = io.BytesIO()
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+            model, optimizer = begin()
+            state = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+        optimizer.zero_grad()
+        loss = model(batch(step, rank)).square().mean()
+        loss.backward()
+        optimizer.step(loss=loss)
+    return model, optimizer
+
+
+def resuming(rank):
+    ends = []
+    for resumed_at in (None, 4, 7):
+        model, optimizer = trained(rank, 9, resumed_at)
+        x = torch.cat([p.detach().flatten() for p in model.parameters()])
+        ends.append((x.tolist(), optimizer.period, optimizer.steps, optimizer.bytes_sent))
+    return ends
+
+
+def overflowing(rank):
+    """Worker 1 finds an infinity at step 1: who has taken how many steps, and moved where."""
+    model = nn.Linear(2, 1, bias=False, dtype=torch.float64)
+    nn.init.zeros_(model.weight)
+    optimizer = decentral.wrap(model, sgd(model, lr=1.0), "gossip_sgd", "ring")
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for step in range(3):
+        optimizer.zero_grad()
+        x = torch.full((1, 2), float(rank + 1), dtype=torch.float64)
+        scaler.scale(model(x).sum()).backward()
+        if rank == 1 and step == 1:
+            model.weight.grad.fill_(math.nan)
+        scaler.step(optimizer)
+        scaler.update()
+    return optimizer.steps, model.weight.detach().tolist()
+
+
+def normalising(rank):
+    """One step of batch normalisation: the averaged model within the context, and after it."""
+    model = nn.BatchNorm1d(1, dtype=torch.float64)
+    optimizer = decentral.wrap(model, sgd(model, lr=1.0), "local_sgd", period=3)
+    for _ in range(rank + 1):
+        model(torch.full((2, 1), float(rank), dtype=torch.float64))
+    model.bias.grad.fill_(rank)
+    model.weight.grad.zero_()
+    optimizer.step()
+    own = [t.tolist() for t in model.state_dict().values()]
+    apart = optimizer.consensus_distance()
+    with optimizer.averaged():
+        mean = {name: t.tolist() for name, t in model.state_dict().items()}
+    assert [t.tolist() for t in model.state_dict().values()] == own
+    model.running_mean.fill_(float(rank))
+    for _ in range(2):
+        optimizer.step()  # without a gradient of its own bias goes on along the last
+    return mean, apart, model.running_mean.item(), model.num_batches_tracked.item()
+
+
+def staying_local(rank):
+    model = nn.BatchNorm1d(1, dtype=torch.float64)
+    optimizer = decentral.wrap(model, sgd(model), "parallel_sgd", buffers="local")
+    model(torch.full((2, 1), float(rank), dtype=torch.float64))
+    optimizer.step()
+    return model.running_mean.item()
+
+
+def deserting(rank):
+    """Worker 1 does not step: what worker 0 and 2 are told, and are told again."""
+    model = network()
+    optimizer = decentral.wrap(model, sgd(model), "gossip_sgd", "ring", timeout_s=1.0)
+    told = []
+    if rank != 1:
+        for _ in range(2):
+            with pytest.raises(StepError) as failure:
+                optimizer.step()
+            told.append(str(failure.value))
+    return told
+
+
+def scenarios(rank):
+    parts = (resuming, overflowing, normalising, staying_local, deserting)
+    return {part.__name__: part(rank) for part in parts}
+
+
+@pytest.fixture(scope="module")
+def three_workers():
+    return run_on_ranks(3, scenarios)
+
+
+@pytest.mark.slow
+def test_a_resumed_loop_is_the_one_that_nobody_stopped(three_workers):
+    for worker in three_workers:
+        whole, *resumed = worker["resuming"]
+        assert resumed == [whole, whole]
+        assert whole[1] != 2  # the period has moved
+
+
+@pytest.mark.slow
+def test_an_infinity_on_one_worker_is_no_step_on_all(three_workers):
+    # Two steps of gradient -(rank + 1) with W = J: the mean, -2, after each.
+    for worker in three_workers:
+        assert worker["overflowing"] == (2, [[pytest.approx(-4.0)] * 2])
+
+
+@pytest.mark.slow
+def test_the_averaged_model_is_there_while_it_is_asked_for(three_workers):
+    # After rank + 1 batches of mean `rank`, running_mean is rank (1 - 0.9^(rank + 1)).
+    running = [rank * (1 - 0.9 ** (rank + 1)) for rank in range(3)]
+    for rank, worker in enumerate(three_workers):
+        mean, apart, averaged, counted = worker["normalising"]
+        assert mean["bias"] == pytest.approx([-1.0])
+        assert mean["running_mean"] == pytest.approx([sum(running) / 3])
+        assert mean["num_batches_tracked"] == rank + 1
+        assert apart == pytest.approx(math.sqrt(2 / 3))
+        assert averaged == pytest.approx(1.0)  # float buffers, at the global average
+        assert counted == rank + 1
+
+
+@pytest.mark.slow
+def test_buffers_stay_each_workers_own_where_they_are_to(three_workers):
+    means = [worker["staying_local"] for worker in three_workers]
+    assert means == pytest.approx([0.0, 0.1, 0.2])
+
+
+@pytest.mark.slow
+def test_a_failed_exchange_names_worker_and_step(three_workers):
+    for rank in (0, 2):
+        first, again = three_workers[rank]["deserting"]
+        assert first.startswith(f"worker {rank} at step 0: ")
+        assert again == first
+
+
+@pytest.mark.slow
+def test_torchrun_runs_the_script_that_the_readme_shows(tmp_path):
+    lines = one_block("diff", "decentral.wrap").splitlines()
+    assert sum(line.startswith("+") and len(line) > 1 for line in lines) == 7
+    for script, marks, launcher in (
+        ("before", " -", []),
+        ("after", " +", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]),
+    ):
+        path = tmp_path / f"{script}.py"
+        path.write_text("".join(f"{line[1:]}\n" for line in lines if (line or " ")[0] in marks))
+        done = subprocess.run(
+            [sys.executable, *launcher, str(path)],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env=dict(os.environ, OMP_NUM_THREADS="1"),
+        )
+        assert done.returncode == 0, done.stderr
+        accuracies = [float(word) for word in re.findall(r"accuracy (\d\.\d+)", done.stdout)]
+        assert len(accuracies) == (1 if script == "before" else 4)
+        assert min(accuracies) > 0.85
+        if script == "after":
+            assert len(set(accuracies)) == 1, "all evaluate the mean"
+
+
+def train_on_ray():
+    """What each of Ray Train's workers does: that all have one model after a global average."""
+    from ray import train
+
+    rank = train.get_context().get_world_rank()
+    model = network()
+    optimizer = decentral.wrap(model, sgd(model), "gossip_pga", "ring", period=3)
+    for step in range(3):
+        optimizer.zero_grad()
+        model(batch(step, rank)).square().mean().backward()
+        optimizer.step()
+    apart = optimizer.consensus_distance()
+    train.report({"apart": apart, "steps": optimizer.steps, "workers": dist.get_world_size()})
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_loop_runs_inside_ray_train(tmp_path):
+    try:
+        from ray.train import RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+    except ImportError as error:
+        pytest.skip(f"needs ray[train]: {error}")
+    import ray
+
+    here = [str(Path(__file__).parent), *sys.path]
+    ray.init(
+        num_cpus=3,
+        include_dashboard=False,
+        object_store_memory=128 * 2**20,
+        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(here)}},
+    )
+    try:
+        trainer = TorchTrainer(
+            train_on_ray,
+            scaling_config=ScalingConfig(num_workers=2),
+            run_config=RunConfig(name="wrapped", storage_path=str(tmp_path)),
+        )
+        metrics = trainer.fit().metrics
+    finally:
+        ray.shutdown()
+    assert metrics is not None
+    assert metrics["steps"] == 3
+    assert metrics["workers"] == 2
+    assert metrics["apart"] < 1e-12
