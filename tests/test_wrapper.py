@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from decentral.engines.sim import Simulator
 from decentral.errors import StepError
 from decentral.experiment import build
 from decentral.tasks import fetch
+from decentral.wrapper import AveragingOptimizer
 
 WORKERS = 4
 METHODS = {
@@ -130,6 +132,12 @@ def batch(step, rank=0, dtype=torch.float64):
     return torch.randn(5, 6, generator=generator, dtype=torch.float64).to(dtype)
 
 
+def gradient(model, name):
+    gradient = model.get_parameter(name).grad
+    assert gradient is not None
+    return gradient
+
+
 def two_groups(model):
     decays = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]
@@ -211,13 +219,14 @@ def test_a_scheduler_made_before_wrap_sets_the_learning_rate_too(alone):
     bare = torch.optim.SGD(model.parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.StepLR(bare, 1, gamma=0.5)
     optimizer = decentral.wrap(model, bare, "local_sgd", period=2)
-    before = model[0].bias.detach().clone()
+    bias = model.get_parameter("0.bias")
+    before = bias.detach().clone()
     for _ in range(2):
         model.zero_grad()
-        model[0].bias.sum().backward()
+        bias.sum().backward()
         optimizer.step()
         scheduler.step()
-    torch.testing.assert_close(model[0].bias.detach(), before - 1.0 - 0.5)
+    torch.testing.assert_close(bias.detach(), before - 1.0 - 0.5)
 
 
 def test_grad_scaler_scales_and_skips_as_with_the_bare_optimizer(alone):
@@ -232,13 +241,13 @@ def test_grad_scaler_scales_and_skips_as_with_the_bare_optimizer(alone):
             optimizer.zero_grad()
             scaler.scale(model(batch(step, dtype=torch.float32)).square().mean()).backward()
             if step == 1:
-                model[0].weight.grad[0, 0] = math.inf
+                gradient(model, "0.weight")[0, 0] = math.inf
             if step == 2:  # as whoever clips gradients does
                 scaler.unscale_(optimizer)
             scaler.step(optimizer)
             scaler.update()
         ends.append((model.state_dict(), scaler.get_scale()))
-        if wrapped:
+        if isinstance(optimizer, AveragingOptimizer):
             assert optimizer.steps == 3
     assert ends[0][1] == ends[1][1] == 4.0
     for name, value in ends[0][0].items():
@@ -253,11 +262,11 @@ def test_a_compiled_model_trains_as_a_plain_one(alone, compiled_first):
     ends = []
     for compiles in (False, True):
         model = network()
-        run = torch.compile(model) if compiles and compiled_first else model
+        run = cast(nn.Module, torch.compile(model)) if compiles and compiled_first else model
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         optimizer = decentral.wrap(run, optimizer, "local_sgd", period=2)
         if compiles and not compiled_first:
-            run = torch.compile(model)
+            run = cast(nn.Module, torch.compile(model))
         for step in range(3):
             optimizer.zero_grad()
             run(batch(step)).square().mean().backward()
@@ -426,7 +435,7 @@ def overflowing(rank):
         x = torch.full((1, 2), float(rank + 1), dtype=torch.float64)
         scaler.scale(model(x).sum()).backward()
         if rank == 1 and step == 1:
-            model.weight.grad.fill_(math.nan)
+            gradient(model, "weight").fill_(math.nan)
         scaler.step(optimizer)
         scaler.update()
     return optimizer.steps, model.weight.detach().tolist()
@@ -438,18 +447,20 @@ def normalising(rank):
     optimizer = decentral.wrap(model, sgd(model, lr=1.0), "local_sgd", period=3)
     for _ in range(rank + 1):
         model(torch.full((2, 1), float(rank), dtype=torch.float64))
-    model.bias.grad.fill_(rank)
-    model.weight.grad.zero_()
+    gradient(model, "bias").fill_(rank)
+    gradient(model, "weight").zero_()
     optimizer.step()
     own = [t.tolist() for t in model.state_dict().values()]
     apart = optimizer.consensus_distance()
     with optimizer.averaged():
         mean = {name: t.tolist() for name, t in model.state_dict().items()}
     assert [t.tolist() for t in model.state_dict().values()] == own
-    model.running_mean.fill_(float(rank))
+    model.get_buffer("running_mean").fill_(float(rank))
     for _ in range(2):
         optimizer.step()  # without a gradient of its own bias goes on along the last
-    return mean, apart, model.running_mean.item(), model.num_batches_tracked.item()
+    averaged, counted = model.state_dict()["running_mean"], model.num_batches_tracked
+    assert counted is not None
+    return mean, apart, averaged.item(), counted.item()
 
 
 def staying_local(rank):
@@ -457,7 +468,7 @@ def staying_local(rank):
     optimizer = decentral.wrap(model, sgd(model), "parallel_sgd", buffers="local")
     model(torch.full((2, 1), float(rank), dtype=torch.float64))
     optimizer.step()
-    return model.running_mean.item()
+    return model.get_buffer("running_mean").item()
 
 
 def deserting(rank):
