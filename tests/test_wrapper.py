@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from typing import cast
 
 import pytest
@@ -560,50 +559,3 @@ def test_torchrun_runs_the_script_that_the_readme_shows(tmp_path):
         assert min(accuracies) > 0.85
         if script == "after":
             assert len(set(accuracies)) == 1, "all evaluate the mean"
-
-
-def train_on_ray():
-    """What each of Ray Train's workers does: that all have one model after a global average."""
-    from ray import train
-
-    rank = train.get_context().get_world_rank()
-    model = network()
-    optimizer = decentral.wrap(model, sgd(model), "gossip_pga", "ring", period=3)
-    for step in range(3):
-        optimizer.zero_grad()
-        model(batch(step, rank)).square().mean().backward()
-        optimizer.step()
-    apart = optimizer.consensus_distance()
-    train.report({"apart": apart, "steps": optimizer.steps, "workers": dist.get_world_size()})
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_the_loop_runs_inside_ray_train(tmp_path):
-    try:
-        from ray.train import RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
-    except ImportError as error:
-        pytest.skip(f"needs ray[train]: {error}")
-    import ray
-
-    here = [str(Path(__file__).parent), *sys.path]
-    ray.init(
-        num_cpus=3,
-        include_dashboard=False,
-        object_store_memory=128 * 2**20,
-        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(here)}},
-    )
-    try:
-        trainer = TorchTrainer(
-            train_on_ray,
-            scaling_config=ScalingConfig(num_workers=2),
-            run_config=RunConfig(name="wrapped", storage_path=str(tmp_path)),
-        )
-        metrics = trainer.fit().metrics
-    finally:
-        ray.shutdown()
-    assert metrics is not None
-    assert metrics["steps"] == 3
-    assert metrics["workers"] == 2
-    assert metrics["apart"] < 1e-12
