@@ -11,11 +11,12 @@ from decentral.errors import StepError, UserError, WorkerError
 if TYPE_CHECKING:
     from decentral.api import Result, resume, run
     from decentral.tasks import Task
+    from decentral.wrapper import wrap
 
 __version__ = "0.1.0"
-__all__ = ["Result", "StepError", "Task", "UserError", "WorkerError", "resume", "run"]
+__all__ = ["Result", "StepError", "Task", "UserError", "WorkerError", "resume", "run", "wrap"]
 
-_HOMES = {"Result": "api", "resume": "api", "run": "api", "Task": "tasks"}
+_HOMES = {"Result": "api", "resume": "api", "run": "api", "Task": "tasks", "wrap": "wrapper"}
 
 
 def __getattr__(name: str) -> Any:

@@ -68,6 +68,16 @@ TOPOLOGIES = 1_000  # of fewer workers than all, to remember
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
+def worker_keys(seed: int, workers: Tensor) -> Tensor:
+    """Random bits of each worker, int64 of the shape of `workers`, for methods that draw."""
+    return hash64(_METHODS, seed, workers)
+
+
+def common_key(seed: int) -> Tensor:
+    """Random bits that all workers have in common, int64."""
+    return hash64(_SHARED, seed)
+
+
 @dataclass
 class Experiment:
     """What a run consists of; `shards` are the workers' indices into `task.train`."""
@@ -106,13 +116,13 @@ class Experiment:
         return float(optimizer.param_groups[0]["lr"])
 
     def keys(self, workers: Tensor) -> Tensor:
-        """Random bits of each worker, int64 of the shape of `workers`, for methods that draw."""
-        return hash64(_METHODS, self.config.seed, workers)
+        """See `worker_keys`."""
+        return worker_keys(self.config.seed, workers)
 
     @property
     def shared_key(self) -> Tensor:
-        """Random bits that all workers have in common, int64."""
-        return hash64(_SHARED, self.config.seed)
+        """See `common_key`."""
+        return common_key(self.config.seed)
 
     def replica(self, gradient: Gradient, comm: Comm, workers: Tensor) -> Replica:
         """The replica of `workers`, int64 [n], or of one of them, int64 []."""
@@ -211,9 +221,9 @@ def build(config: Config, topology: Topology | None = None) -> Experiment:
 
     Raises UserError, naming the key, if any part is wrong or the parts do not fit.
     """
-    algorithm = _algorithm(config)
+    algorithm = algorithm_of(config)
     _check_gradient(config, algorithm)
-    topology = topology or _topology(config, algorithm)
+    topology = topology or topology_of(config, algorithm)
     faults = _faults(config, algorithm, topology)
     make_optimizer = optimizer(config.optimizer.name, config.optimizer.options)
     make_scheduler = None
@@ -263,7 +273,7 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
 OWN_MESSAGES = PushSum | Choco | Relay | NoLoCo | ConsensusBased | AsynchronousRule
 
 
-def _algorithm(config: Config) -> Algorithm:
+def algorithm_of(config: Config) -> Algorithm:
     """A preset, with those of its parts replaced that the config names."""
     options = config.algorithm.options
     parts = {part: options.pop(part) for part in PARTS if part in options}
@@ -463,7 +473,7 @@ def _require_plain_sgd(config: Config, algorithm: Algorithm) -> None:
         )
 
 
-def _topology(config: Config, algorithm: Algorithm) -> Topology | None:
+def topology_of(config: Config, algorithm: Algorithm) -> Topology | None:
     chosen = config.topology
     if chosen is None:
         if algorithm.needs_topology:

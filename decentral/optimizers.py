@@ -145,7 +145,7 @@ def optimizer(name: str, options: dict[str, Any]) -> MakeOptimizer:
         return kind(parameters, **bound)
 
     try:
-        element_wise = _is_element_wise(make)
+        element_wise = is_element_wise(make)
     except Exception as error:  # torch checks some options, and trips over others
         raise UserError(
             f"{name} refuses its options, or to step on one flat vector of parameters: {error}",
@@ -296,7 +296,7 @@ def check_schedule(make: MakeScheduler, make_optimizer: MakeOptimizer, steps: in
         raise UserError(f"torch refuses it: {error}", "lr_schedule") from None
 
 
-def _is_element_wise(make: MakeOptimizer) -> bool:
+def is_element_wise(make: MakeOptimizer) -> bool:
     """Whether three steps on a matrix equal three steps on each of its elements alone."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(3, 4, dtype=torch.float64, generator=generator)

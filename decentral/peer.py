@@ -106,7 +106,8 @@ class PeerComm:
         self.stopwatch = Stopwatch(device)
         self._up, self._down = ways or (None, None)
         self._own_group = own_group
-        self._host = dist.get_backend() == "gloo"
+        # Where no backend was named, it follows from where the tensors are.
+        self._host = device == "cpu" or dist.get_backend() == "gloo"
         self._mixing = mixing
         # By id: those of the topology stay, and of the others the last, with its matrix.
         self._intact = (

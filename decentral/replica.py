@@ -327,19 +327,10 @@ class Replica:
         alone = self.comm.failure is not None
         stop = segment.start
         with torch.no_grad():
-            for self.step in range(segment.start, segment.stop):
-                last = self.step == segment.stop - 1
-                self.averaging = self._averaging(segment, last)
-                self._recording = last and segment.record
-                self._watching = last and segment.watch
-                self._measuring = last and segment.measure
-                if segment.measure:
-                    self._gradient.measures = last
+            for step in range(segment.start, segment.stop):
                 lr = self.lr
-                self._rule.step(self)
-                stop = self.step + 1
-                if self.scheduler is not None:
-                    self.scheduler.step()
+                self.take(segment, step)
+                stop = step + 1
                 if self.comm.failure is not None and not alone:
                     break
             if segment.start == segment.stop:
@@ -357,6 +348,19 @@ class Replica:
             lr=lr,
             next_lr=self.lr,
         )
+
+    def take(self, segment: Segment, step: int) -> None:
+        """One step of `segment`, without a report: who owns the training loop calls this."""
+        self.step, last = step, step == segment.stop - 1
+        self.averaging = self._averaging(segment, last)
+        self._recording = last and segment.record
+        self._watching = last and segment.watch
+        self._measuring = last and segment.measure
+        if segment.measure:
+            self._gradient.measures = last
+        self._rule.step(self)
+        if self.scheduler is not None:
+            self.scheduler.step()
 
     def _make_up(self, segment: Segment) -> None:
         """The record and the global average of a step whose averaging was cut short.

@@ -16,6 +16,7 @@ SMALL = {
     "driver_kills": ["--engine", "sim", "--kills", "2", "--steps", "150"],
     "gossip_pga_digits": ["--steps", "24", "--seeds", "2", "--workers", "4"],
     "heterogeneity": ["--steps", "6", "--seeds", "2", "--workers", "4"],
+    "overhead": ["--hidden", "8", "--rounds", "3"],
     "planner": [
         "--cluster",
         "house5",
