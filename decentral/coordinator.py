@@ -139,9 +139,9 @@ class Coordinator:
         """
         policy = self._experiment.config.on_worker_failure
         asynchronous = isinstance(self._experiment.algorithm.rule, AsynchronousRule)
+        noticed, lost, told = time.perf_counter(), dict(interruption.lost), [str(interruption)]
         while True:
-            noticed = time.perf_counter()
-            lost, what = interruption.lost, str(interruption)
+            what = "; ".join(told)
             stopped = f"{what}; stopped after {self.step} steps"
             left = [worker for worker in self._engine.members if worker not in lost]
             if policy == "stop" or asynchronous:
@@ -159,8 +159,8 @@ class Coordinator:
             try:
                 self._regroup(left, [worker for worker in self._new if worker in left])
             except Interrupted as again:
-                self._note(lost, what, noticed)
-                interruption = again
+                lost |= again.lost
+                told.append(str(again))
                 continue
             self._note(lost, what, noticed)
             return

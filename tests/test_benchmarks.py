@@ -8,7 +8,7 @@ from pathlib import Path
 import hosts
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # the first test waits for all scripts
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SMALL = {

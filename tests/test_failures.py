@@ -183,8 +183,8 @@ def test_another_lost_in_the_recovery_starts_it_again(quick):
     coordinator, engine = scripted(quick, runs=[([2], 1, False)], regroups=[[1]])
     assert [r["workers"] for r in coordinator.run() if r is not None] == [1, 1]
     assert engine.groups == [([0, 1], []), ([0], [])]
-    assert [failure["lost"] for failure in coordinator.failures] == [[2], [1]]
-    assert [failure["step"] for failure in coordinator.failures] == [1, 1]
+    assert [failure["lost"] for failure in coordinator.failures] == [[1, 2]]
+    assert [failure["step"] for failure in coordinator.failures] == [1]
 
 
 def test_attempts_without_a_step_come_to_an_end(quick):

@@ -155,6 +155,8 @@ class RayEngine:
             self._blank.add(worker)
             self._get(worker, taken)
             self._nodes[worker] = self._get(worker, actor.node.remote())
+        # Who has died since the last call must not keep the others waiting for it to connect.
+        self._all("node")
         old = next(worker for worker in members if worker not in new)
         blank = self._actors[old].blank.remote() if new else None
         self._connect_all(Group(tuple(members), None, again=True, new=tuple(new)), blank)

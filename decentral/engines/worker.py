@@ -35,7 +35,7 @@ from decentral.tasks import Sampler
 from decentral.timing import step_seconds
 from decentral.topology import Topology
 
-RECONNECT_S = 30.0  # for workers that are up and running; others may still be loading
+RECONNECT_S = 15.0  # for workers that are up and running; others may still be loading
 
 
 @dataclass(frozen=True)
