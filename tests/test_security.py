@@ -19,7 +19,7 @@ import yaml
 
 from decentral.config import load
 from decentral.engines.ray import RayEngine, _token
-from decentral.engines.worker import Surroundings, Worker
+from decentral.engines.worker import Group, Surroundings, Worker
 from decentral.experiment import build
 
 TOKEN_NAMES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -283,7 +283,8 @@ def test_workers_listen_on_the_address_of_their_node_alone(quick):
         if address != "127.0.0.1":
             with pytest.raises(ConnectionRefusedError):
                 socket.create_connection(("127.0.0.1", port), timeout=10)
-        connected = [p.submit(call, "connect", address, port, address) for p in processes]
+        group = Group((0, 1), build(config).topology)
+        connected = [p.submit(call, "connect", address, port, address, group) for p in processes]
         for call_of in connected:
             call_of.result()
         for process in processes:
