@@ -180,6 +180,9 @@ class Worker:
         timeout = timedelta(seconds=RECONNECT_S + n) if group.again else self._timeout
         if rank > 0:
             self._store = dist.TCPStore(address, port, timeout=timeout)
+        # Groups meet under a number that each process counts up by itself, and that only a group
+        # which was opened and closed sets back: after a failure workers would never meet again.
+        dist.distributed_c10d._world.group_count = 0
         dist.init_process_group(
             self._backend, store=self._store, rank=rank, world_size=n, timeout=timeout
         )
