@@ -393,7 +393,7 @@ def test_one_killed_in_a_recovery_is_left_behind_too(cluster, quick, monkeypatch
         before(run.engine, "regroup", lambda: run.kill(0), monkeypatch)
         run.kill(2)
         run.end()
-    assert [failure["lost"] for failure in run.coordinator.failures] == [[2], [0]]
+    assert {w for failure in run.coordinator.failures for w in failure["lost"]} == {0, 2}
     assert run.records[-1]["workers"] == 2
 
 
