@@ -337,7 +337,7 @@ def test_tensorboard_of_a_resumed_run_has_each_step_once(quick, tmp_path):
 
 def wandb_records(file):
     """The records of a W&B file: LevelDB's log format, with a header of 7 bytes."""
-    from wandb.proto.wandb_internal_pb2 import (
+    from wandb.proto.wandb_internal_pb2 import (  # pyright: ignore[reportMissingImports]
         Record,  # pyright: ignore[reportAttributeAccessIssue]
     )
 
@@ -404,7 +404,7 @@ def test_wandb_of_a_resumed_run_is_the_same_run(quick, tmp_path):
 
 
 def mlflow_of(out):
-    from mlflow import MlflowClient
+    from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
 
     client = MlflowClient()
     return client, client.get_run((out / "mlflow.id").read_text().strip())

@@ -1,5 +1,8 @@
 """MLflow: a run on a tracking server, or in a store of one's own."""
 
+# Where mlflow is not installed, pyright takes this very file for it.
+# pyright: reportMissingImports=false, reportCallIssue=false
+
 import time
 from pathlib import Path
 

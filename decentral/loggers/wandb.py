@@ -1,5 +1,8 @@
 """Weights & Biases: a run there, or its files in the run directory to `wandb sync` later."""
 
+# Where wandb is not installed, pyright takes this very file for it.
+# pyright: reportAttributeAccessIssue=false
+
 import secrets
 from pathlib import Path
 from typing import Literal
