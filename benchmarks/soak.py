@@ -25,6 +25,7 @@ from typing import Annotated, Any
 import machine
 import psutil
 import ray
+import torch
 import typer
 from rich import box
 from rich.console import Console
@@ -72,6 +73,7 @@ def main(
 ) -> None:
     """Kill workers at random moments, and see whether and how soon the others go on."""
     started = os.getloadavg()[0]
+    torch.set_num_threads(1)  # as each worker has; more would spin, where others need the cores
     console = Console()
     moments = random.Random(seed)
     runs: list[Run] = []

@@ -388,13 +388,20 @@ def test_one_killed_at_a_checkpoint_costs_no_later_one(cluster, quick, monkeypat
 
 @pytest.mark.slow
 def test_one_killed_in_a_recovery_is_left_behind_too(cluster, quick, monkeypatch):
-    with running(cluster, quick, on_worker_failure="shrink") as run:
+    """Another before the groups open, and one while they do, for which the others wait."""
+    with running(cluster, quick, workers=5, on_worker_failure="shrink") as run:
         run.until(6)
         before(run.engine, "regroup", lambda: run.kill(0), monkeypatch)
+        run.engine._actors[3].ask.remote(die_as_groups_open)
         run.kill(2)
         run.end()
-    assert {w for failure in run.coordinator.failures for w in failure["lost"]} == {0, 2}
+    assert {w for failure in run.coordinator.failures for w in failure["lost"]} == {0, 2, 3}
+    assert sum(failure["recovery_s"] for failure in run.coordinator.failures) < 6
     assert run.records[-1]["workers"] == 2
+
+
+def die_as_groups_open(worker):
+    worker._open = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.slow

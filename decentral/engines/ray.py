@@ -62,6 +62,7 @@ class RayEngine:
         self._bytes: dict[int, int] = {}  # that each worker has sent; -1: those that are gone
         self._saving: tuple[int, ...] = ()  # the workers of the last checkpoint
         self._settled = False  # whether a segment has come back whole since workers came
+        self._slow = 0  # attempts in a row to connect them that took too long
         config = experiment.config
         self._cluster = _connect(config.ray, config.workers)
         try:
@@ -159,7 +160,13 @@ class RayEngine:
         self._all("node")
         old = next(worker for worker in members if worker not in new)
         blank = self._actors[old].blank.remote() if new else None
-        self._connect_all(Group(tuple(members), None, again=True, new=tuple(new)), blank)
+        group = Group(tuple(members), None, again=True, new=tuple(new), slow=self._slow)
+        try:
+            self._connect_all(group, blank)
+        except Interrupted as interruption:
+            self._slow = 0 if interruption.lost else self._slow + 1
+            raise
+        self._slow = 0
         self._blank.clear()
 
     def adopt(self, members: Sequence[int]) -> None:

@@ -35,7 +35,9 @@ from decentral.tasks import Sampler
 from decentral.timing import step_seconds
 from decentral.topology import Topology
 
-RECONNECT_S = 15.0  # for workers that are up and running; others may still be loading
+# For workers that are up and running to open their groups, and a tenth of a second more for each:
+# one that dies meanwhile keeps the others waiting so long. NCCL needs seconds for itself.
+RECONNECT_S = {"gloo": 2.0, "nccl": 15.0}
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,14 @@ class Group(NamedTuple):
 
     members: by number; their places in it are their ranks, and the nodes of `topology`. again:
     they go on from where they were, but for those in `new`, which start from the others' mean.
+    slow: attempts in a row that failed though nobody was lost; each doubles the time for the next.
     """
 
     members: tuple[int, ...]
     topology: Topology | None
     again: bool = False
     new: tuple[int, ...] = ()
+    slow: int = 0
 
 
 class Outcome(NamedTuple):
@@ -177,7 +181,10 @@ class Worker:
         """Open the process groups: that of all, and PeerComm's `ways` and `own_group`."""
         algorithm = self._experiment.algorithm
         rank, n = group.members.index(self._number), len(group.members)
-        timeout = timedelta(seconds=RECONNECT_S + n) if group.again else self._timeout
+        timeout = self._timeout  # others may still be loading
+        if group.again:
+            seconds = (RECONNECT_S[self._backend] + n / 10) * 2**group.slow
+            timeout = min(timeout, timedelta(seconds=seconds))
         if rank > 0:
             self._store = dist.TCPStore(address, port, timeout=timeout)
         # Groups meet under a number that each process counts up by itself, and that only a group
