@@ -59,8 +59,9 @@ POLICIES = ("replace", "shrink")
 SEEDS = 3
 KILLS_A_RUN = 5
 STAY = 2  # workers that a kill leaves at least
-PAUSE_S = (3.0, 6.0)  # between kills
+PAUSE_S = (2.0, 5.0)  # between kills
 WAYS = {"alone": 0.5, "two at once": 0.25, "one after another": 0.25}  # and their shares
+SEEN_S = 2.0  # before a record, a kill that it may not show yet
 AFTER_S = 2.0  # at most, from the first to the second of two, one after another
 WORSE = 0.03  # accuracy that a method may lose in the mean; a worker's data goes with it
 
@@ -207,8 +208,7 @@ class Killer(Watcher):
 
     def __init__(self, run: Run, kills: int, moments: random.Random, say: Any):
         self._run, self._kills, self._moments, self._print = run, kills, moments, say
-        self._workers = run.workers  # by the last record
-        self._since: list[float] = []  # moments of kills that no record may show yet
+        self._workers, self._recorded = run.workers, 0.0  # by the last record, and its moment
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._kill_them)
 
@@ -223,7 +223,7 @@ class Killer(Watcher):
     def advance(self, step: int, record: Any) -> None:
         self._run.segments.append((step, time.time()))
         if record is not None:
-            self._workers = record["workers"]
+            self._workers, self._recorded = record["workers"], time.time()
 
     def stop(self) -> None:
         self._over.set()
@@ -246,8 +246,8 @@ class Killer(Watcher):
     def _kill(self) -> None:
         """One of the processes of workers, also of one that is only starting."""
         now = time.time()
-        recent = [moment for _, moment in self._run.kills if now - moment < PAUSE_S[0]]
-        if self._workers - len(recent) <= STAY:
+        unseen = [m for _, m in self._run.kills if m > self._recorded - SEEN_S]
+        if self._workers - len(unseen) <= STAY:
             return
         pid = self._moments.choice(actors())
         self._run.kills.append((pid, now))

@@ -81,7 +81,7 @@ def resume(directory: str | Path, *, watcher: Watcher | None = None, **overrides
     Overrides may change what the checkpoint does not fix: see MAY_CHANGE.
     """
     directory = Path(directory)
-    if not (directory / "config.yaml").exists():
+    if not os.path.exists(directory / "config.yaml"):
         raise UserError(f"{directory} is not a run directory: it has no config.yaml", "--resume")
     before = load(directory / "config.yaml")
     config = load(directory / "config.yaml", overrides)

@@ -216,8 +216,9 @@ class Coordinator:
                 self._regroup(sorted([*members, *new]), new)
             except Interrupted as interruption:
                 self.recover(interruption)
-            told = " and ".join(str(worker) for worker in new)
-            self._say(f"worker {told} came at step {self.step}, from the mean of the others")
+            came = " and ".join(str(worker) for worker in new if worker in self._engine.members)
+            if came:
+                self._say(f"worker {came} came at step {self.step}, from the mean of the others")
         self._engine.prepare(absent[: self._engine.room()])
 
     def _regroup(self, members: Sequence[int], new: Sequence[int] = ()) -> None:

@@ -153,6 +153,7 @@ def record_line(record: "Record", steps: int) -> str:
         line += f"  eval loss {_figure(record['eval_loss'])}"
     if "eval_accuracy" in record:
         line += f"  accuracy {_figure(record['eval_accuracy'])}"
+    if "eval_accuracy_workers" in record:
         line += f"  (workers' own {_figure(record['eval_accuracy_workers'])})"
     return line
 

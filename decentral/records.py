@@ -10,16 +10,21 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from decentral.config import Config, dump
 from decentral.errors import UserError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Record = dict[str, float | int | None]
+
+# Columns of every record; of the second, null where a number is not finite.
+NUMBERS = ("step", "bytes_sent", "time_s", "sim_time_s", "workers")
+FIGURES = ("loss", "consensus_distance", "period", "lr")
 
 
 def check(path: Path) -> None:
@@ -53,7 +58,7 @@ class RunDirectory:
         self.started = False
         self._metrics: IO[str] | None = None
 
-    def start(self, config: Config, shards: Sequence[Tensor], step: int) -> list[Record]:
+    def start(self, config: Config, shards: "Sequence[Tensor]", step: int) -> list[Record]:
         """Write the resolved config and the split, and open the metrics after step `step`.
 
         Returns the records up to there: none for a new run. Later ones, of a run that went on
@@ -66,7 +71,7 @@ class RunDirectory:
         write_atomically(self.path / "config.yaml", dump(config).encode())
         sizes = np.array([len(shard) for shard in shards])
         with _atomic(self.path / "split.npz") as file:
-            np.savez(file, indices=torch.cat(list(shards)).numpy(), sizes=sizes)
+            np.savez(file, indices=np.concatenate(shards), sizes=sizes)
         metrics = self.path / "metrics.jsonl"
         rows = [row for row in read(metrics) if row["step"] <= step] if step else []
         write_atomically(metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -79,28 +84,50 @@ class RunDirectory:
         self._metrics.write(json.dumps(_finite(record)) + "\n")
         self._metrics.flush()
 
-    def finish(self, summary: Mapping[str, Any], model: Mapping[str, Tensor] | None) -> None:
+    def finish(self, summary: Mapping[str, Any], model: "Mapping[str, Tensor] | None") -> None:
         """Write summary.json, and model.pt if there is a model; close the metrics."""
         if self._metrics is not None:
             self._metrics.close()
         text = json.dumps(_finite(summary), indent=2) + "\n"
         write_atomically(self.path / "summary.json", text.encode())
         if model is not None:
+            import torch  # slow, and whoever only reads records needs none
+
             with _atomic(self.path / "model.pt") as file:
                 torch.save(dict(model), file)
 
 
 def read(metrics: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl; a line that is none, as one that was cut off, is left out."""
+    return parse(metrics.read_bytes())
+
+
+def parse(content: bytes) -> list[dict[str, Any]]:
+    """The same of lines of one."""
     rows = []
-    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in content.splitlines():
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and type(row.get("step")) is int:
+        if _is_record(row):
             rows.append(row)
     return rows
+
+
+def _is_record(row: Any) -> bool:
+    return (
+        isinstance(row, dict)
+        and row.keys() >= {*NUMBERS, *FIGURES}
+        and all(value is None or _is_number(value) for value in row.values())
+        and all(row[name] is not None for name in NUMBERS)
+        and type(row["step"]) is int
+        and row["step"] >= 0
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and -(2**63) <= value < 2**63)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -8,16 +8,14 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
 from decentral.config import load
 from decentral.errors import UserError
 from decentral.progress import Line, Lines
-
-if TYPE_CHECKING:
-    from decentral.records import Record
+from decentral.records import parse
 
 POLL_S = 0.5
 
@@ -29,7 +27,7 @@ def watch(
 ) -> None:
     """Show the runs' progress until all have ended, and how each has; `wait` between two looks.
 
-    Raises UserError if a directory holds no run.
+    Raises UserError if a directory holds no run, or its records cannot be read.
     """
     lines = Lines(console)
     try:
@@ -47,7 +45,7 @@ class _Run:
 
     def __init__(self, directory: Path):
         config = directory / "config.yaml"
-        if not config.exists():
+        if not os.path.exists(config):
             raise UserError(
                 f"{directory} holds no run: it has no config.yaml. A run makes it when its workers"
                 " have started",
@@ -59,30 +57,32 @@ class _Run:
 
     def show(self, lines: Lines, name: str) -> None:
         """Begin with the last record that is there already."""
-        record = self._last()
-        step = int(record["step"] or 0) if record is not None else 0
+        records = self._records.new()
+        step = records[-1]["step"] if records else 0
         self._line: Line = lines.add(self._steps, step, name)
-        if record is not None:
-            self._line.advance(step, record)
+        if records:
+            self._line.advance(step, records[-1])
 
     def look(self) -> bool:
         """Show what is new; whether the run has ended."""
-        summary = self._summary()  # first: what is written before it is then there to be read
+        end = self._end()  # first: what is written before it is then there to be read
         for record in self._records.new():
-            self._line.advance(int(record["step"] or 0), record)
-        if summary is not None:
-            self._line.say(_end(summary))
-        return summary is not None
+            self._line.advance(record["step"], record)
+        if end is not None:
+            self._line.say(end)
+        return end is not None
 
-    def _last(self) -> "Record | None":
-        records = self._records.new()
-        return records[-1] if records else None
-
-    def _summary(self) -> dict[str, Any] | None:
+    def _end(self) -> str | None:
+        """How the run has ended, in a line; None if it has not."""
+        summary = self.directory / "summary.json"
         try:
-            return json.loads((self.directory / "summary.json").read_bytes())
+            return _told(json.loads(summary.read_bytes()))
         except FileNotFoundError:
             return None
+        except OSError as error:
+            return f"ended, but {summary} cannot be read: {error.strerror}"
+        except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
+            return f"ended, but {summary} is damaged"
 
 
 class _Records:
@@ -95,7 +95,7 @@ class _Records:
         self._path = path
         self._file, self._read = 0, 0  # which file, and how many bytes of it, in whole lines
 
-    def new(self) -> "list[Record]":
+    def new(self) -> list[dict[str, Any]]:
         """The records since the last call, or all of a file that has taken the place."""
         try:
             with open(self._path, "rb") as file:
@@ -106,12 +106,14 @@ class _Records:
                 content = file.read()
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise UserError(f"cannot read {self._path}: {error.strerror}", "DIR") from None
         whole = content[: content.rfind(b"\n") + 1]
         self._read += len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
+        return parse(whole)
 
 
-def _end(summary: dict[str, Any]) -> str:
+def _told(summary: Any) -> str:
     final = summary["final"]
     line = f"{summary['status']} at step {final['step'] if final else 0}"
     line += f", after {summary['seconds']:.1f} s"

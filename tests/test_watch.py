@@ -41,7 +41,9 @@ class Run:
 
 
 def line(step, **more):
-    return json.dumps({"step": step, "loss": 1 / step, "consensus_distance": 0.5, **more}) + "\n"
+    record = {"step": step, "loss": 1 / step, "consensus_distance": 0.5, "period": 4, "lr": 0.1}
+    record |= {"bytes_sent": 80, "time_s": 1.5, "sim_time_s": 0.1, "workers": 4}
+    return json.dumps(record | more) + "\n"
 
 
 def shown(step, steps=24):
