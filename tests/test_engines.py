@@ -1,6 +1,5 @@
 """What you simulate is what you launch: both engines give the same run, record by record."""
 
-import logging
 import os
 import signal
 import time
@@ -16,7 +15,7 @@ import torch
 import decentral
 from decentral.config import RayConfig, load
 from decentral.coordinator import Coordinator
-from decentral.engines.ray import RayEngine, start_actors
+from decentral.engines.ray import RayEngine, start_actors, start_cluster
 from decentral.experiment import build
 
 pytestmark = pytest.mark.slow
@@ -40,12 +39,7 @@ COLUMNS = ["loss", "consensus_distance", "eval_loss"]
 @pytest.fixture(scope="module")
 def cluster():
     """One local cluster for all tests here: the engine joins what is there."""
-    ray.init(
-        num_cpus=12,
-        include_dashboard=False,
-        object_store_memory=128 * 2**20,
-        logging_level=logging.ERROR,
-    )
+    start_cluster(12)
     yield
     ray.shutdown()
 

@@ -2,10 +2,11 @@
 
 import functools
 import json
-import logging
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from datetime import timedelta
@@ -19,12 +20,13 @@ import yaml
 from ray.exceptions import RayError
 from test_cli import call
 
+import decentral
 from decentral.checkpoints import Checkpoints
 from decentral.config import RayConfig, load
 from decentral.coordinator import RETRIES, Coordinator
 from decentral.engines import Interrupted
 from decentral.engines import ray as ray_engine
-from decentral.engines.ray import RayEngine, start_actors
+from decentral.engines.ray import RayEngine, start_actors, start_cluster
 from decentral.errors import WorkerError
 from decentral.experiment import build
 from decentral.peer import Patience, PeerError
@@ -233,16 +235,32 @@ def test_who_was_lost_is_told_by_number_process_node_and_step():
 # On Ray.
 
 
+def test_a_ray_that_does_not_come_up_is_started_again_and_leaves_nothing(monkeypatch):
+    started = []
+
+    def init(**options):
+        of_ray, other = (
+            subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()", word], stdin=subprocess.PIPE)
+            for word in (ray.__file__, "another")
+        )
+        started.append((of_ray, other))
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(WorkerError, match=r"in 3 attempts: The current node timed out"):
+        start_cluster(2)
+    assert len(started) == 3
+    for of_ray, other in started:
+        with of_ray, other:  # waits, with its standard input closed
+            assert other.poll() is None
+            of_ray.wait(timeout=20)
+        assert (of_ray.returncode, other.returncode) == (-signal.SIGKILL, 0)
+
+
 @pytest.fixture(scope="module")
 def cluster():
     """Actors that tests share, for starting them is most of a test's time, and room for others."""
-    ray.init(
-        num_cpus=8,
-        include_dashboard=False,
-        object_store_memory=128 * 2**20,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    start_cluster(8)
     yield []
     ray.shutdown()
 
@@ -256,6 +274,16 @@ def actors_of(cluster, workers):
             cluster.remove(actor)
     cluster += start_actors(RayConfig(), workers - len(cluster))
     return cluster[:workers]
+
+
+@pytest.fixture
+def on_shared_actors(cluster, monkeypatch):
+    """So that `decentral.run` is, too."""
+
+    def engine(experiment, say):
+        return RayEngine(experiment, say, actors_of(cluster, experiment.config.workers))
+
+    monkeypatch.setattr(ray_engine, "RayEngine", engine)
 
 
 class Running:
@@ -354,17 +382,21 @@ def test_replace_has_all_workers_again(cluster, quick):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("worker", [0, 2])
-def test_one_killed_before_an_evaluation_is_known_of_at_once(cluster, quick, monkeypatch, worker):
-    """Also by those who do not exchange with it: they hear of it from those who do."""
+def test_one_killed_before_an_evaluation_is_known_of_at_once(cluster, quick, monkeypatch):
+    """Also by those who do not exchange with it: they hear of it from those who do. The second is
+    the one that evaluates for all."""
     with running(cluster, quick, on_worker_failure="shrink") as run:
-        run.until(3)
-        before(run.engine, "evaluate", lambda: run.kill(worker), monkeypatch)
-        began = time.monotonic()
+        for worker, step in ((2, 12), (0, 24)):
+            run.until(step - 9)
+            before(run.engine, "evaluate", functools.partial(run.kill, worker), monkeypatch)
+            began = time.monotonic()
+            run.until(step)
+            assert time.monotonic() - began < Patience.FLOOR_S / 2
         run.end()
-        assert time.monotonic() - began < Patience.FLOOR_S / 2
-    assert [failure["lost"] for failure in run.coordinator.failures] == [[worker]]
+    assert [failure["lost"] for failure in run.coordinator.failures] == [[2], [0]]
     assert "eval_accuracy" in run.records[3]
+    assert "eval_accuracy" in run.records[7]
+    assert [record["workers"] for record in run.records] == [*[4] * 4, *[3] * 4]
 
 
 @pytest.mark.slow
@@ -457,7 +489,9 @@ def stumble(worker):
 
 
 @pytest.mark.slow
-def test_too_few_left_stop_the_run_and_all_is_told(cluster, quick, monkeypatch, tmp_path, capsys):
+def test_too_few_left_stop_the_run_and_all_is_told(
+    on_shared_actors, quick, monkeypatch, tmp_path, capsys
+):
     """The last worker is killed after each evaluation, until fewer than the least are there."""
     evaluate = RayEngine.evaluate
 
@@ -481,3 +515,77 @@ def test_too_few_left_stop_the_run_and_all_is_told(cluster, quick, monkeypatch, 
     assert list(failure) == ["step", "lost", "what", "left", "recovery_s"]
     assert (failure["step"], failure["lost"], failure["left"]) == (40, [2], 2)
     assert re.match(r"worker 2 \(process \d+ on node \S+\) died", failure["what"])
+
+
+# Both engines, by one script.
+
+
+BY_SCRIPT = {
+    "shrink": (
+        {"name": "gossip_pga", "period": 4},
+        {"name": "ring"},
+        [{"kind": "kill", "worker": 2, "step": 7}, {"kind": "join", "worker": 2, "step": 14}],
+    ),
+    "replace": (
+        {"name": "gradient_tracking"},
+        {"name": "ring"},
+        [{"kind": "kill", "worker": 0, "step": 7}],
+    ),
+    "cut and slow": (
+        {"name": "gossip_pga", "period": 5},
+        {"name": "ring"},
+        [
+            {"kind": "cut", "link": [0, 1], "start": 3, "stop": 15},
+            {"kind": "slow", "worker": 2, "factor": 3.0, "start": 4},
+        ],
+    ),
+    "exchanges": (
+        {"name": "gradient_tracking", "gossip_period": 2},
+        {"name": "random_matchings"},
+        [{"kind": "lose", "probability": 0.3, "of": "exchanges"}],
+    ),
+    "messages": (
+        {"name": "sgp"},
+        {"name": "star", "weights": "push"},
+        [{"kind": "lose", "probability": 0.3, "of": "messages"}],
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", BY_SCRIPT)
+def test_engines_agree_under_faults(on_shared_actors, quick, case):
+    algorithm, topology, script = BY_SCRIPT[case]
+    quick |= {"algorithm": algorithm, "topology": topology, "faults": script}
+    quick["workers"] = 4 if case in ("shrink", "replace") else 3
+    if case == "shrink":
+        quick["on_worker_failure"] = "shrink"
+    if case == "replace":
+        quick["optimizer"] = {"name": "adam", "lr": 0.01}
+    sim, launched = (decentral.run(quick, engine=engine).metrics for engine in ("sim", "ray"))
+    assert list(sim.bytes_sent) == list(launched.bytes_sent)
+    assert list(sim.workers) == list(launched.workers)
+    np.testing.assert_allclose(sim.sim_time_s, launched.sim_time_s, rtol=1e-12)
+    for column in ("loss", "consensus_distance", "eval_loss"):
+        a, b = sim[column].dropna(), launched[column].dropna()
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-13, err_msg=column)
+    without = decentral.run(quick, faults=[]).metrics
+    assert not np.allclose(without.loss.iloc[-1], sim.loss.iloc[-1], rtol=1e-6)
+    if case in ("cut and slow", "exchanges", "messages"):
+        assert without.sim_time_s.iloc[-1] != sim.sim_time_s.iloc[-1]
+        assert without.bytes_sent.iloc[-1] > sim.bytes_sent.iloc[-1]
+
+
+@pytest.mark.slow
+def test_a_run_on_ray_goes_on_with_another_number_of_workers(on_shared_actors, quick, tmp_path):
+    """As the simulator's does, which has it from a loop by hand."""
+    results = {}
+    for engine in ("sim", "ray"):
+        config = quick | {"engine": engine, "workers": 3, "checkpoint": {"every": 12}, "steps": 12}
+        decentral.run(config, out=tmp_path / engine)
+        results[engine] = decentral.resume(tmp_path / engine, workers=4, steps=24).metrics
+        state = tmp_path / engine / "checkpoints/step-00000024/coordinator.json"
+        assert json.loads(state.read_text())["members"] == [0, 1, 2, 3]
+    for column in ("loss", "consensus_distance", "workers"):
+        a, b = results["sim"][column], results["ray"][column]
+        np.testing.assert_allclose(a, b, rtol=1e-9, err_msg=column)

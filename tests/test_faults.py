@@ -1,6 +1,5 @@
 """Scripted faults: what they do to W, the clock and the members, and that both engines agree."""
 
-import logging
 import time
 from types import SimpleNamespace
 
@@ -9,7 +8,6 @@ import networkx as nx
 import numpy as np
 import pandas
 import pytest
-import ray
 import torch
 import yaml
 from hypothesis import given, settings
@@ -23,10 +21,7 @@ from decentral import topology as topologies
 from decentral.algorithms import PRESETS
 from decentral.clock import Clock
 from decentral.comm import Event, StackedComm
-from decentral.config import Fault, RayConfig, dump, load
-from decentral.coordinator import Coordinator
-from decentral.engines.ray import RayEngine, start_actors
-from decentral.engines.sim import Simulator
+from decentral.config import Fault, dump, load
 from decentral.experiment import build
 from decentral.faults import Changes, Faults
 from decentral.gradients import FlatModel, ModuleGradient
@@ -552,61 +547,6 @@ def test_a_peer_mixes_and_sends_what_the_stacked_side_does():
         assert sum(seen[rank][name][1] for rank in range(n)) == comm.bytes_sent
         messages = int(sum(W.nnz for W in topology.matrices)) - n
         assert comm.bytes_sent < 12 * messages * 24
-
-
-@pytest.fixture(scope="module")
-def pool():
-    ray.init(
-        num_cpus=4,
-        include_dashboard=False,
-        object_store_memory=128 * 2**20,
-        logging_level=logging.ERROR,
-    )
-    actors = start_actors(RayConfig(), 3)
-    yield actors
-    for actor in actors:
-        ray.kill(actor)
-    ray.shutdown()
-
-
-ON_BOTH = {
-    "cut and slow": (
-        {"name": "gossip_pga", "period": 5},
-        {"name": "ring"},
-        [cut(0, 1, start=3, stop=15), {"kind": "slow", "worker": 2, "factor": 3.0, "start": 4}],
-    ),
-    "exchanges": (
-        {"name": "gradient_tracking", "gossip_period": 2},
-        {"name": "random_matchings"},
-        [lose(0.3)],
-    ),
-    "messages": ({"name": "sgp"}, {"name": "star", "weights": "push"}, [lose(0.3, "messages")]),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ON_BOTH)
-def test_engines_agree_under_faults(pool, quick, case):
-    algorithm, topology, script = ON_BOTH[case]
-    quick |= {"workers": 3, "algorithm": algorithm, "topology": topology, "faults": script}
-    frames = []
-    for engine in ("sim", "ray"):
-        experiment = build(load(quick | {"engine": engine}))
-        held = Simulator(experiment) if engine == "sim" else RayEngine(experiment, actors=pool)
-        try:
-            records = list(Coordinator(experiment, held).run())
-        finally:
-            held.close()
-        frames.append(pandas.DataFrame([record for record in records if record is not None]))
-    sim, launched = frames
-    assert list(sim.bytes_sent) == list(launched.bytes_sent)
-    np.testing.assert_allclose(sim.sim_time_s, launched.sim_time_s, rtol=1e-12)
-    for column in ("loss", "consensus_distance", "eval_loss"):
-        a, b = sim[column].dropna(), launched[column].dropna()
-        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-13, err_msg=column)
-    without = decentral.run(quick, faults=[]).metrics
-    assert without.sim_time_s.iloc[-1] != sim.sim_time_s.iloc[-1]
-    assert without.bytes_sent.iloc[-1] > sim.bytes_sent.iloc[-1]
 
 
 # Bad input.

@@ -1,6 +1,5 @@
 """Workers that go and come: what the others do then, against loops written out by hand."""
 
-import json
 import time
 
 import numpy as np
@@ -342,58 +341,6 @@ def test_a_stacked_mean_leaves_newcomers_out():
     x = torch.tensor([[1.0], [10.0], [4.0]])
     assert comm.mean_of_others(x, torch.tensor([False, True, False])).tolist() == [[2.5]]
     assert comm.bytes_sent == 0
-
-
-# Both engines.
-
-
-CASES = {
-    "shrink": (
-        {"name": "gossip_pga", "period": 4},
-        {"name": "sgd", "lr": 0.1, "momentum": 0.9},
-        "shrink",
-        [{"kind": "kill", "worker": 2, "step": 7}, {"kind": "join", "worker": 2, "step": 14}],
-    ),
-    "replace": (
-        {"name": "gradient_tracking"},
-        {"name": "adam", "lr": 0.01},
-        "replace",
-        [{"kind": "kill", "worker": 0, "step": 7}],
-    ),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_both_engines_go_on_alike(quick, case):
-    algorithm, optimizer, policy, faults = CASES[case]
-    quick |= {
-        "algorithm": algorithm,
-        "optimizer": optimizer,
-        "on_worker_failure": policy,
-        "faults": faults,
-    }
-    simulated = decentral.run(quick).metrics
-    launched = decentral.run(quick, engine="ray").metrics
-    columns = ["loss", "consensus_distance", "eval_loss", "bytes_sent", "sim_time_s", "workers"]
-    for column in columns:
-        a, b = simulated[column].dropna(), launched[column].dropna()
-        np.testing.assert_allclose(a, b, rtol=1e-9, err_msg=column)
-
-
-@pytest.mark.slow
-def test_a_run_on_ray_goes_on_with_another_number_of_workers(quick, tmp_path):
-    """As the simulator's does, which has it from a loop by hand."""
-    results = {}
-    for engine in ("sim", "ray"):
-        config = quick | {"engine": engine, "workers": 3, "checkpoint": {"every": 12}, "steps": 12}
-        decentral.run(config, out=tmp_path / engine)
-        results[engine] = decentral.resume(tmp_path / engine, workers=4, steps=24).metrics
-        state = tmp_path / engine / "checkpoints/step-00000024/coordinator.json"
-        assert json.loads(state.read_text())["members"] == [0, 1, 2, 3]
-    for column in ("loss", "consensus_distance", "workers"):
-        a, b = results["sim"][column], results["ray"][column]
-        np.testing.assert_allclose(a, b, rtol=1e-9, err_msg=column)
 
 
 def test_a_run_whose_method_has_no_topology_for_those_left_stops(quick):

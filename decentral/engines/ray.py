@@ -10,12 +10,13 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
+import psutil
 import ray
 from ray._private import ray_constants
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 OVERDUE_S = 30.0  # that a worker has at least to answer after another one has
+STARTS = 3  # attempts to start Ray
 CHECK_S = 2.0  # how often to look whether the cluster has room for more workers
 
 
@@ -545,7 +547,20 @@ def _connect(config: RayConfig, workers: int) -> ExitStack:
         else:
             cluster.enter_context(_token())
             # More logical CPUs than there are: a laptop may hold more workers than it has cores.
-            cpus = max(os.cpu_count() or 1, math.ceil(workers * config.cpus_per_worker))
+            start_cluster(max(os.cpu_count() or 1, math.ceil(workers * config.cpus_per_worker)))
+            cluster.callback(ray.shutdown)
+        return cluster.pop_all()
+
+
+def start_cluster(cpus: int) -> None:
+    """Start a cluster on this machine's loopback interface alone, and join it.
+
+    Raises WorkerError if it does not come up. Ray waits 30 s for its processes, which is not long
+    on a machine that is busy, so there are several attempts; what one has started ends with it.
+    """
+    for attempt in range(1, STARTS + 1):
+        before = set(psutil.Process().children())
+        try:
             with _on_loopback():
                 ray.init(
                     address="local",
@@ -554,8 +569,25 @@ def _connect(config: RayConfig, workers: int) -> ExitStack:
                     logging_level=logging.ERROR,
                     object_store_memory=128 * 2**20,
                 )
-            cluster.callback(ray.shutdown)
-        return cluster.pop_all()
+            return
+        except Exception as error:  # Ray raises that very class, among others
+            ray.shutdown()
+            _end_ray(set(psutil.Process().children()) - before)
+            if attempt == STARTS:
+                raise WorkerError(
+                    f"Ray has not started in {STARTS} attempts: {error} If the machine is busy, try"
+                    " again later"
+                ) from None
+            log.warning("Ray has not started; trying again: %s", error)
+
+
+def _end_ray(processes: Collection[psutil.Process]) -> None:
+    """End those among them that run something of Ray's."""
+    package = os.path.dirname(ray.__file__)
+    for process in processes:
+        with suppress(psutil.Error):
+            if any(word.startswith(package) for word in process.cmdline()):
+                process.kill()
 
 
 @contextmanager
