@@ -240,7 +240,9 @@ def test_a_ray_that_does_not_come_up_is_started_again_and_leaves_nothing(monkeyp
 
     def init(**options):
         of_ray, other = (
-            subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()", word], stdin=subprocess.PIPE)
+            subprocess.Popen(
+                [sys.executable, "-c", "import sys; sys.stdin.read()", word], stdin=subprocess.PIPE
+            )
             for word in (ray.__file__, "another")
         )
         started.append((of_ray, other))
