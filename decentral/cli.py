@@ -184,7 +184,7 @@ def measure(
     say(" ".join(measuring.overrides(cluster, out)))
 
 
-@app.command(epilog="Example: decentral doctor --address auto")
+@app.command(epilog="Example: decentral doctor configs/quickstart.yaml")
 def doctor(
     words: Annotated[
         list[str] | None,

@@ -26,6 +26,7 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch.cuda import nccl
 
 from decentral.config import RayConfig
 from decentral.engines.worker import interface_of, listen, open_store
@@ -330,11 +331,13 @@ def _look(
     seconds: float,
     timeout_s: float,
 ) -> Seen:
+    from ray.exceptions import RayError
+
     nodes, mute = _answers({a: probe.look.remote() for a, probe in probes.items()}, timeout_s)
     silent |= mute
     clocks = {}
     for address in nodes:
-        with suppress(TimeoutError):
+        with suppress(RayError):
             clocks[address] = clock(_now_at(probes[address]))
     able = [address for address, node in nodes.items() if node.interface is not None]
     ports, mute = _answers({a: probes[a].listen.remote() for a in able}, timeout_s)
@@ -408,7 +411,7 @@ def _line(text: str) -> str:
 def _now_at(probe: Any) -> Callable[[], float]:
     import ray
 
-    return lambda: ray.get(probe.now.remote(), timeout=10)  # GetTimeoutError is a TimeoutError
+    return lambda: ray.get(probe.now.remote(), timeout=10)
 
 
 def clock(now: Callable[[], float], here: Callable[[], float] = time.time) -> Clock:
@@ -443,12 +446,17 @@ class Probe:
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
         cards = range(torch.cuda.device_count())
         gpus = tuple(torch.cuda.get_device_name(card) for card in cards)
-        nccl = None
-        if gpus and dist.is_nccl_available():
-            nccl = ".".join(str(part) for part in torch.cuda.nccl.version())
-        error = _cuda_error(nccl is not None) if gpus else None
-        resolved = _resolved(host)
-        return Node(host, resolved, interface, _here(), gpus, self._ray_gpus, nccl, error)
+        has_nccl = bool(gpus) and dist.is_nccl_available()
+        return Node(
+            host,
+            _resolved(host),
+            interface,
+            _versions_here(),
+            gpus,
+            self._ray_gpus,
+            nccl=".".join(map(str, nccl.version())) if has_nccl else None,
+            cuda_error=_cuda_error(has_nccl) if gpus else None,
+        )
 
     def now(self) -> float:
         return time.time()
@@ -485,7 +493,7 @@ class Probe:
                 dist.destroy_process_group()
 
 
-def _here() -> dict[str, str | None]:
+def _versions_here() -> dict[str, str | None]:
     """The versions on this node."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
