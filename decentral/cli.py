@@ -184,6 +184,45 @@ def measure(
     say(" ".join(measuring.overrides(cluster, out)))
 
 
+@app.command(epilog="Example: decentral doctor configs/quickstart.yaml")
+def doctor(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG [KEY=VALUE ...]]",
+            help="A config whose ray.address to take; a local cluster by default.",
+        ),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Of the cluster, such as auto or 10.0.0.1:6379.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="For all links together, about.")] = 20,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that a node has to answer.")] = 60,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what is wrong with a cluster, and how to mend it: versions, network, GPUs, clocks.
+
+    Exit code 0: all is well; 1: something is wrong.
+    """
+    from decentral import doctor as doctoring
+    from decentral.config import RayConfig, load, parse_overrides
+
+    cluster = RayConfig()
+    if words:
+        config, *changes = words
+        cluster = load(config, parse_overrides(changes)).ray
+    if address is not None:
+        cluster = cluster.model_copy(update={"address": address})
+    seen = doctoring.diagnose(cluster, _say_on_the_side, seconds, timeout)
+    found = doctoring.findings(seen)
+    if as_json:
+        print(json.dumps(doctoring.as_json(seen, found), indent=2))
+    else:
+        doctoring.show(seen, found, console)
+    if any(finding.wrong for finding in found):
+        raise typer.Exit(1)
+
+
 @app.command(
     epilog="Example: decentral plan --workers 16 --bandwidth-gbps 1 --latency-ms 0.5"
     " --parameters 25.5e6 --compute-ms 146"

@@ -40,7 +40,7 @@ FIRST, LARGEST = 2**18, 2**26  # bytes of a large message, doubled until it take
 def measure(config: Config, say: Callable[[str], None] = log.info, seconds: float = 60) -> nx.Graph:
     """The cluster that `config.ray` means, as a complete graph of the config's workers.
 
-    seconds   for all links together, about; slow links take longer, see `_link`
+    seconds   for all links together, about; slow links take longer, see `link`
 
     Nodes: `compute_scale`, of a step of the config's task while all workers compute, as a multiple
     of the fastest worker's; `node`, the machine. Edges: `latency_ms`, `bandwidth_gbps`. Graph:
@@ -191,7 +191,7 @@ def _look(worker: Worker, rounds: list[Pairs], device: str, seconds: float) -> _
         for u, v in pairs:
             if comm.rank in (u, v):
                 # A door of its own, for it keeps a buffer for each size that it has heard.
-                found = _link(PeerComm(None, ways), u + v - comm.rank, device, seconds)
+                found = link(PeerComm(None, ways), u + v - comm.rank, device, seconds)
                 if comm.rank == u:
                     links[u, v] = found
     _meet(comm, device)
@@ -203,7 +203,7 @@ def _meet(comm: PeerComm, device: str) -> None:
     comm.mean(torch.zeros(1, device=device), 0, counted=False)
 
 
-def _link(comm: PeerComm, peer: int, device: str, seconds: float) -> tuple[float, float]:
+def link(comm: PeerComm, peer: int, device: str, seconds: float) -> tuple[float, float]:
     """Seconds of latency, and bytes a second each way, of the link to `peer`.
 
     t(S) = latency + S / bandwidth; latency is the median t of a few bytes. S doubles until t is an

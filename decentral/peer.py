@@ -1,7 +1,8 @@
 """One worker's door to the network, over torch.distributed: the other side of comm.py."""
 
+import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -23,6 +24,10 @@ from decentral.comm import (
 from decentral.errors import StepError
 from decentral.mixing import Mixing
 from decentral.stopwatch import Stopwatch, timed
+
+# Of a large message: there is work to do on one while the next ones come. At least so many bytes:
+# each piece costs its calls.
+PIECES, LEAST_PIECE = 8, 2**20
 
 
 class PeerError(StepError):
@@ -122,13 +127,18 @@ class PeerComm:
         if self._host:
             message = message.cpu()
         received = {peer: self._buffer(peer, message) for peer in heard}
-        if not self._exchange(dict.fromkeys(hearers, message), received, step):
-            return own.to(accumulation_dtype(own.dtype), copy=True)
+        # What is to be decoded, or copied to a GPU, has to be there whole.
+        whole = decode is not as_it_is or own.device.type != "cpu"
+        pieces = 1 if whole else min(PIECES, max(1, nbytes(message) // LEAST_PIECE))
+        arrivals = self._begin(dict.fromkeys(hearers, message), received, step, pieces)
+        mixed = own.to(accumulation_dtype(own.dtype)) * own_weight  # while messages are under way
+        for peer, piece in arrivals:
+            theirs = decode(received[peer].to(own.device)).view(-1)[piece]
+            mixed.view(-1)[piece].add_(theirs.to(mixed), alpha=heard[peer])
+        if self.failure is not None:
+            return own.to(mixed.dtype, copy=True)
         self.bytes_sent += len(hearers) * nbytes(message)
         self.events.append(Event("neighbours", step, nbytes(message)))
-        mixed = own.to(accumulation_dtype(own.dtype)) * own_weight
-        for peer, weight in heard.items():
-            mixed.add_(decode(received[peer].to(own.device)).to(mixed), alpha=weight)
         return mixed
 
     def mean(self, x: Tensor, step: int, counted: bool = True) -> Tensor:
@@ -234,37 +244,77 @@ class PeerComm:
             self.events.append(Event("everyone" if group is None else "group", step, nbytes(x)))
         return total
 
-    @timed
     def _exchange(self, out: Mapping[int, Tensor], into: Mapping[int, Tensor], step: int) -> bool:
         """Send and receive at once, a message for, or from, each peer.
 
         False if that failed, or was not tried after an earlier failure.
         """
+        for _ in self._begin(out, into, step):
+            pass
+        return self.failure is None
+
+    @timed
+    def _begin(
+        self, out: Mapping[int, Tensor], into: Mapping[int, Tensor], step: int, pieces: int = 1
+    ) -> Iterator[tuple[int, slice]]:
+        """Put messages under way: an iterator over what comes, as (peer, piece of its message).
+
+        Each message goes in so many pieces: there is work to do on one while the next ones come.
+        The iterator is to be used up; after a failure it ends early.
+        """
         if self.failure is not None:
-            return False
+            return iter(())
         deadline = self.patience.deadline()
-        # Receives first: a message that finds its buffer waiting needs no copy.
+        length = max((message.numel() for message in (*out.values(), *into.values())), default=0)
+        cuts = [length * k // pieces for k in range(pieces + 1)]
+        parts = [slice(*ends) for ends in itertools.pairwise(cuts)]
+        # Receives first: a message that finds its buffer waiting needs no copy. And a piece to, or
+        # of, each peer before the next pieces: all are served alike.
+        coming = [(peer, part) for part in parts for peer in into]
+        going = [(peer, part) for part in parts for peer in out]
         operations = [
-            dist.P2POp(dist.irecv, buffer, peer, self._from(peer)) for peer, buffer in into.items()
-        ] + [dist.P2POp(dist.isend, message, peer, self._to(peer)) for peer, message in out.items()]
+            dist.P2POp(dist.irecv, into[peer].view(-1)[part], peer, self._from(peer))
+            for peer, part in coming
+        ] + [
+            dist.P2POp(dist.isend, out[peer].view(-1)[part], peer, self._to(peer))
+            for peer, part in going
+        ]
+        works: list[tuple[int | None, dist.Work]] = []
         peer = None
         try:
-            if not self._host:
-                for work in dist.batch_isend_irecv(operations) if operations else []:
-                    work.wait(deadline)
+            if not self._host:  # NCCL may have one work for all of them
+                batch = dist.batch_isend_irecv(operations) if operations else []
+                works = [(None, work) for work in batch]
             else:
-                works = []
                 for operation in operations:
                     peer = operation.peer
-                    works.append(operation.op(operation.tensor, peer, operation.group))
-                for operation, work in zip(operations, works, strict=True):
-                    peer = operation.peer
-                    work.wait(deadline)
+                    work = operation.op(operation.tensor, peer, operation.group)
+                    works.append((peer, work))
         except RuntimeError as error:
             self._fail(PeerError(self.rank, step, peer, str(error)), error)
-            return False
+            return iter(())
+        return self._arrivals(coming, works, deadline, step)
+
+    def _arrivals(
+        self,
+        coming: list[tuple[int, slice]],
+        works: list[tuple[int | None, dist.Work]],
+        deadline: timedelta,
+        step: int,
+    ) -> Iterator[tuple[int, slice]]:
+        """Wait for `works`, the receives of what is `coming` first, and tell what has come."""
+        for number, (peer, work) in enumerate(works):
+            try:
+                with self.stopwatch:
+                    work.wait(deadline)
+            except RuntimeError as error:
+                self._fail(PeerError(self.rank, step, peer, str(error)), error)
+                return
+            if self._host and number < len(coming):
+                yield coming[number]
         self.patience.over()
-        return True
+        if not self._host:
+            yield from coming
 
     def let_go(self) -> None:
         """Drop the process groups, whose connections close only once nobody holds them."""

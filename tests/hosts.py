@@ -14,12 +14,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
 
 RAY_PORT = 6379
+SUBNET = "10.77.0."
 BURST = 70_000  # bytes: the least that a card lets through at once
 
 
@@ -46,12 +47,16 @@ def why_not() -> str | None:
 
 
 class Hosts:
-    """k hosts, 10.77.0.1 to 10.77.0.k, on a network of their own. Made by `hosts`."""
+    """k hosts, 10.77.0.1 to 10.77.0.k, on a network of their own. Made by `hosts`.
 
-    def __init__(self, k: int):
+    `routed`: hosts on a network each for itself, 10.78.i.0/24, with a router between it and the
+    others.
+    """
+
+    def __init__(self, k: int, routed: Sequence[int] = ()):
         token = secrets.token_hex(3)  # two test runs on one machine do not meet
         self.names = [f"dc{token}-{i}" for i in range(k)]
-        self.addresses = [f"10.77.0.{i + 1}" for i in range(k)]
+        self.addresses = [f"10.78.{i}.1" if i in routed else f"10.77.0.{i + 1}" for i in range(k)]
         self._switch = f"dc{token}-switch"
         self._started: list[subprocess.Popen[str]] = []
 
@@ -60,16 +65,24 @@ class Hosts:
         _do("ip", "netns", "add", switch)
         _do("ip", "-n", switch, "link", "add", "bridge", "type", "bridge")
         _do("ip", "-n", switch, "link", "set", "bridge", "up")
+        _do("ip", "-n", switch, "address", "add", f"{SUBNET}254/24", "dev", "bridge")
+        _do("ip", "netns", "exec", switch, "sysctl", "-qw", "net.ipv4.ip_forward=1")
         for i, (name, address) in enumerate(zip(self.names, self.addresses, strict=True)):
+            router = address.rpartition(".")[0] + ".254"
+            port = f"port{i}"
             _do("ip", "netns", "add", name)
-            pair = ("eth0", "netns", name, "type", "veth", "peer", "name", f"port{i}")
+            pair = ("eth0", "netns", name, "type", "veth", "peer", "name", port)
             _do("ip", "-n", switch, "link", "add", *pair)
-            _do("ip", "-n", switch, "link", "set", f"port{i}", "master", "bridge", "up")
+            if address.startswith(SUBNET):
+                _do("ip", "-n", switch, "link", "set", port, "master", "bridge", "up")
+            else:
+                _do("ip", "-n", switch, "address", "add", f"{router}/24", "dev", port)
+                _do("ip", "-n", switch, "link", "set", port, "up")
             _do("ip", "-n", name, "address", "add", f"{address}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
                 _do("ip", "-n", name, "link", "set", device, "up")
-            # Nobody is there: but a host with no route to the world does not know its address.
-            _do("ip", "-n", name, "route", "add", "default", "via", "10.77.0.254")
+            # A host with no route to the world does not know its address.
+            _do("ip", "-n", name, "route", "add", "default", "via", router)
             # Driven by loss, as Linux's default is, and there in every kernel. A machine whose own
             # is made for other networks (BBR) fills such short and slow links badly.
             control = "net.ipv4.tcp_congestion_control=reno"
@@ -82,6 +95,15 @@ class Hosts:
             for namespace, device in ((name, "eth0"), (self._switch, f"port{i}")):
                 where = ("dev", device, "root")
                 _do("tc", "-n", namespace, "qdisc", "replace", *where, *_bucket(rate_mbit))
+
+    def part(self, a: int, b: int) -> None:
+        """Lose whatever host a sends to host b, as a firewall does; both are on one switch."""
+        where = (self.addresses[b], "lladdr", "02:00:00:00:00:01", "dev", "eth0")  # nobody's card
+        _do("ip", "-n", self.names[a], "neighbour", "replace", *where)
+
+    def mend(self, a: int, b: int) -> None:
+        """Take `part` back."""
+        _do("ip", "-n", self.names[a], "neighbour", "delete", self.addresses[b], "dev", "eth0")
 
     def run(
         self,
@@ -142,9 +164,9 @@ class Hosts:
 
 
 @contextlib.contextmanager
-def hosts(k: int, rate_mbit: float = 1000) -> Iterator[Hosts]:
+def hosts(k: int, rate_mbit: float = 1000, routed: Sequence[int] = ()) -> Iterator[Hosts]:
     """k hosts, gone at the end, also after a failure."""
-    made = Hosts(k)
+    made = Hosts(k, routed)
     try:
         made.make(rate_mbit)
         yield made
@@ -164,6 +186,7 @@ def ray_hosts(
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_TMPDIR": str(folder),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_raylet_start_wait_time_s": "120",  # 30 are too few on busy cores
         "OMP_NUM_THREADS": "1",
         "RAY_worker_niceness": str(os.nice(0)),  # else 15: workers would yield to all others
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),

@@ -34,7 +34,10 @@ SMALL = {
     "simulator_rate": ["--workers", "4", "--workers", "8", "--repeats", "1"],
     "soak": ["--kills", "1"],
 }
-NEEDS_HOSTS = {"clock_against_reality": ["--rate", "1000", "--records", "2", "--hidden", "8"]}
+NEEDS_HOSTS = {
+    "clock_against_reality": ["--rate", "1000", "--records", "2", "--hidden", "8"],
+    "exchange": ["--rate", "1000", "--megabytes", "0.01", "--rounds", "1"],
+}
 if hosts.why_not() is None:
     SMALL |= NEEDS_HOSTS
 

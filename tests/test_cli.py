@@ -53,10 +53,17 @@ def test_help_lists_the_commands(command, capsys):
     assert f" {command} " in call(capsys, "--help")
 
 
-STARTS_RAY = [pytest.param("measure", marks=pytest.mark.slow)]
+START_RAY = ("measure", "doctor")
 
 
-@pytest.mark.parametrize("command", ["", *(c for c in COMMANDS if c != "measure"), *STARTS_RAY])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "",
+        *(c for c in COMMANDS if c not in START_RAY),
+        *(pytest.param(c, marks=pytest.mark.slow) for c in START_RAY),
+    ],
+)
 def test_the_example_of_a_help_works(command, capsys, place):
     """As printed, but for fewer steps; the paths in it are those of the repository."""
     said = " ".join(call(capsys, *command.split(), "--help").split())

@@ -5,6 +5,7 @@ import pytest
 import torch
 from processes import run_on_ranks
 
+from decentral import peer
 from decentral import topology as topologies
 from decentral.comm import StackedComm, all_reduce_bytes
 from decentral.mixing import Mixing
@@ -35,6 +36,7 @@ def mix_on_peer(rank, n):
             comm = PeerComm(Mixing(topologies.build(n, name, **options)), groups)
             x = start(n, dtype)[rank].clone()
             for step in range(2):  # less than a period: circulant matrices commute
+                peer.LEAST_PIECE = (2**20, 8)[step]  # first whole, then in pieces
                 x = comm.mix(x, step).to(dtype)
             mean = comm.mean(x, 3)
             uncounted = comm.mean(x, 3, counted=False)

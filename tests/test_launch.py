@@ -3,6 +3,8 @@ namespaces, the SLURM script by SLURM itself, and each file is held to the schem
 """
 
 import contextlib
+import itertools
+import json
 import os
 import re
 import secrets
@@ -11,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import hosts
@@ -45,9 +47,14 @@ def block(section: str, containing: str) -> str:
     return found
 
 
+def program(name: str) -> str | None:
+    """The path of a program, if it is installed: beside Python, or anywhere else."""
+    return shutil.which(name, path=os.pathsep.join([HERE, os.environ["PATH"]]))
+
+
 def tool(name: str) -> str:
     """The path of a program; skips the test where it is not installed."""
-    path = shutil.which(name)
+    path = program(name)
     if path is None:
         pytest.skip(f"{name} is not installed")
     return path
@@ -82,12 +89,15 @@ class Machines:
             "RAY_TMPDIR": str(shared / "local"),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": str(os.nice(0)),  # else 15: workers would yield to all others
+            "RAY_raylet_start_wait_time_s": "120",  # 30 are too few on busy cores
             "OMP_NUM_THREADS": "1",
         }
         for folder in ("home", "local"):
             (shared / folder).mkdir()
             for name in self.names:
                 (shared / f"{folder}-{name}").mkdir()
+        for name in self.names:  # as Debian has it: a host name that stands for loopback
+            (shared / f"names-{name}").write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n")
 
     def command(self, i: int, script: str) -> list[str]:
         """What runs a bash script on machine i. The mounts are seen by the script alone."""
@@ -95,6 +105,7 @@ class Machines:
         for folder in ("home", "local"):
             mounted = self.shared / folder
             own.append(f"mount --bind {mounted}-{self.names[i]} {mounted}")
+        own.append(f"mount --bind {self.shared}/names-{self.names[i]} /etc/hosts")
         return ["unshare", "--uts", "bash", "-ec", "\n".join([*own, f"cd {ROOT}", script])]
 
     def run(self, i: int, script: str, timeout_s: float = 300) -> str:
@@ -105,10 +116,10 @@ class Machines:
 
 
 @contextlib.contextmanager
-def machines(k: int) -> Iterator[Machines]:
+def machines(k: int, routed: Sequence[int] = ()) -> Iterator[Machines]:
     folder = Path(tempfile.mkdtemp(prefix="dc", dir="/tmp"))  # Ray's socket paths must be short
     try:
-        with hosts.hosts(k) as made:
+        with hosts.hosts(k, routed=routed) as made:
             yield Machines(made, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -123,45 +134,131 @@ def config(quick):
 # By hand, and `ray job submit`
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@on_hosts
-def test_the_readmes_steps_start_a_cluster_that_takes_a_run(config):
-    pytest.importorskip("aiohttp", reason="ray job submit needs decentral[cluster]")
-    with machines(3) as made:
-        (made.shared / "config.yaml").write_text(dump(config))
+@pytest.fixture(scope="module")
+def by_hand():
+    """Four machines and a Ray cluster over them, by the README's steps; the last is behind a router
+    and the host name of each stands for loopback."""
+    if NO_HOSTS is not None:
+        pytest.skip(NO_HOSTS)
+    with machines(4, routed=[3]) as made:
         made.run(0, block("By hand", "get-auth-token"))
         token = made.shared / "home-node0/.ray/auth_token"
         assert token.stat().st_mode & 0o777 == 0o600
-        for i in (1, 2):
+        for i in (1, 2, 3):
             folder = made.shared / f"home-node{i}/.ray"
             folder.mkdir()
             shutil.copy(token, folder)
         made.run(0, block("By hand", "--head"))
-        for i in (1, 2):
-            made.run(i, f"FIRST={made.hosts.addresses[0]}\n" + block("By hand", "--address"))
+        for i in (1, 2, 3):
+            made.run(i, f"FIRST={made.hosts.addresses[0]}\n" + block("By hand", "--address="))
+        yield made
 
-        here = f"cp {made.shared}/config.yaml .\nexport RAY_AUTH_MODE=token\n"
-        submit = block("Run", "job submit")
-        address, submitted = submit.splitlines()
-        submitted = submitted.replace("/shared", str(made.shared))
-        submitted = submitted.replace("configs/quickstart.yaml", "config.yaml")
-        folder = f"mkdir {made.shared}/project\ncd {made.shared}/project\n"
-        printed = made.run(0, f"{folder}{here}{address}\n{submitted}")
-        assert "3 workers on 3 nodes of the Ray cluster" in printed
-        check_records(made.shared / "runs/first", config)
 
-        followed = made.run(0, f"export RAY_AUTH_MODE=token\n{address}\n{block('Run', 'logs')}")
-        assert "Job 'first' succeeded" in followed
-        assert f"step {config.steps}/{config.steps}" in followed
+@pytest.fixture
+def over_four(config):
+    return config.model_copy(update={"workers": 4})
 
-        stranger = f"{address}\nHOME=/nowhere\n"
-        with pytest.raises(subprocess.CalledProcessError) as refused:
-            made.run(0, f"{stranger}ray job list")
-        assert "Missing authentication token" in refused.value.stderr
-        with pytest.raises(subprocess.CalledProcessError) as refused:
-            made.run(0, f"{stranger}export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=wrong\nray job list")
-        assert "Invalid authentication token" in refused.value.stderr
+
+TOKEN = "export RAY_AUTH_MODE=token\n"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_readmes_steps_start_a_cluster_that_takes_a_run(over_four, by_hand):
+    made = by_hand
+    (made.shared / "config.yaml").write_text(dump(over_four))
+    printed = made.run(0, TOKEN + block("By hand", "doctor"))
+    assert "all is well" in printed
+    assert printed.count("resolves to 127.0.1.1") == 4
+    command = block("By hand", "decentral run").replace("/shared", str(made.shared))
+    command = command.replace("configs/quickstart.yaml", f"{made.shared}/config.yaml")
+    printed = made.run(0, TOKEN + command)
+    assert "4 workers on 4 nodes of the Ray cluster" in printed
+    check_records(made.shared / "runs/first", over_four)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_readmes_job_runs_and_strangers_are_refused(over_four, by_hand):
+    pytest.importorskip("aiohttp", reason="ray job submit needs decentral[cluster]")
+    made = by_hand
+    (made.shared / "config.yaml").write_text(dump(over_four))
+    here = f"cp {made.shared}/config.yaml .\n{TOKEN}"
+    submit = block("Run", "job submit")
+    address, submitted = submit.splitlines()
+    submitted = submitted.replace("/shared/runs/first", f"{made.shared}/runs/job")
+    submitted = submitted.replace("configs/quickstart.yaml", "config.yaml")
+    folder = f"mkdir {made.shared}/project\ncd {made.shared}/project\n"
+    printed = made.run(0, f"{folder}{here}{address}\n{submitted}")
+    assert "4 workers on 4 nodes of the Ray cluster" in printed
+    check_records(made.shared / "runs/job", over_four)
+
+    followed = made.run(0, f"{TOKEN}{address}\n{block('Run', 'logs')}")
+    assert "Job 'first' succeeded" in followed
+    assert f"step {over_four.steps}/{over_four.steps}" in followed
+
+    stranger = f"{address}\nHOME=/nowhere\n"
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        made.run(0, f"{stranger}ray job list")
+    assert "Missing authentication token" in refused.value.stderr
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        made.run(0, f"{stranger}export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=wrong\nray job list")
+    assert "Invalid authentication token" in refused.value.stderr
+
+
+def diagnosis(made: Machines, timeout_s: int = 120) -> dict:
+    """What the doctor says on the first machine, of a cluster where something is wrong."""
+    doctor = f"decentral doctor --address auto --seconds 3 --timeout {timeout_s} --json"
+    told = json.loads(made.run(0, f"{TOKEN}{doctor} || test $? = 1"))
+    assert not told["well"]
+    told["wrong"] = [finding for finding in told["findings"] if finding["wrong"]]
+    return told
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_doctor_names_two_hosts_whose_packets_are_dropped(by_hand):
+    a, b = by_hand.hosts.addresses[1:3]
+    by_hand.hosts.part(1, 2)
+    try:
+        told = diagnosis(by_hand)
+    finally:
+        by_hand.hosts.mend(1, 2)
+    assert [finding["where"] for finding in told["wrong"]] == [f"{a} and {b}"]
+    (finding,) = told["wrong"]
+    assert finding["what"] == "cannot connect to each other: timed out"
+    assert "firewalls" in finding["remedy"]
+    pairs = {frozenset(link["nodes"]) for link in told["links"]}
+    assert pairs == set(map(frozenset, itertools.combinations(by_hand.hosts.addresses, 2))) - {
+        frozenset((a, b))
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_host_that_is_cut_off_during_a_run_is_named(over_four, by_hand):
+    """The last test of the cluster: the host does not come back."""
+    made = by_hand
+    config = over_four.model_copy(update={"steps": 1_000_000, "on_worker_failure": "stop"})
+    (made.shared / "config.yaml").write_text(dump(config))
+    run, name = f"{made.shared}/runs/cut", made.hosts.names[3]
+    printed = made.run(
+        0,
+        f"""{TOKEN}decentral run {made.shared}/config.yaml ray.address=auto --out {run} 2>&1 &
+        until [ -s {run}/metrics.jsonl ]; do sleep 0.2; kill -0 $!; done
+        ip -n {name} link set eth0 down
+        SECONDS=0
+        wait $! || echo "ended with $? after $SECONDS s"
+        """,
+    )
+    (code, seconds) = re.findall(r"ended with (\d+) after (\d+) s", printed)[0]
+    assert int(code) == 1
+    assert int(seconds) < 90  # 10 s until its neighbours miss it, and 30 for it to answer
+    address = made.hosts.addresses[3]
+    (error,) = [line for line in printed.splitlines() if line.startswith("error:")]
+    assert re.search(rf"worker \d+ \(process \d+ on node {address}\) .* at step \d+", error)
+    wrong = diagnosis(made, timeout_s=30)["wrong"]
+    assert address in [finding["where"] for finding in wrong]
 
 
 # SLURM
@@ -464,10 +561,11 @@ def test_the_dockerfile_passes_hadolint():
 @pytest.mark.parametrize("script", shell_blocks(), ids=lambda script: script.splitlines()[0][:40])
 def test_the_readmes_shell_is_shell(script):
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    if shutil.which("shellcheck") is not None:
+    shellcheck = program("shellcheck")
+    if shellcheck is not None:
         # Knobs that one block sets and the next one reads, and a file that is not here.
         checked = subprocess.run(
-            ["shellcheck", "--shell=bash", "--exclude=SC2154,SC2034,SC1091", "-"],
+            [shellcheck, "--shell=bash", "--exclude=SC2154,SC2034,SC1091", "-"],
             input=script,
             capture_output=True,
             text=True,

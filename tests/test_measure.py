@@ -67,7 +67,7 @@ class Wire:
 @pytest.mark.parametrize("bandwidth", [1e5, 12.5e6, 1e11])
 def test_a_link_has_the_latency_and_bandwidth_of_its_wire(monkeypatch, latency_s, bandwidth):
     wire = Wire(monkeypatch, latency_s, bandwidth)
-    seen = measuring._link(wire, 3, "cpu", seconds=2)  # type: ignore[arg-type]
+    seen = measuring.link(wire, 3, "cpu", seconds=2)  # type: ignore[arg-type]
     few = latency_s + 8 / bandwidth  # what eight bytes take counts as latency
     # 64 MiB at 1e11 take 0.7 ms: beside 50 ms of latency a hundredth of the whole is taken.
     taken_s = latency_s + max(wire.sizes) / bandwidth
@@ -80,7 +80,7 @@ def test_a_link_has_the_latency_and_bandwidth_of_its_wire(monkeypatch, latency_s
 
 def test_links_take_about_the_time_that_they_may(monkeypatch):
     wire = Wire(monkeypatch, 0.001, 12.5e6)
-    measuring._link(wire, 3, "cpu", seconds=2)  # type: ignore[arg-type]
+    measuring.link(wire, 3, "cpu", seconds=2)  # type: ignore[arg-type]
     assert sum(0.001 + size / 12.5e6 for size in wire.sizes) < 2 * 1.25
 
 

@@ -66,7 +66,7 @@ class RayEngine:
         self._settled = False  # whether a segment has come back whole since workers came
         self._slow = 0  # attempts in a row to connect them that took too long
         config = experiment.config
-        self._cluster = _connect(config.ray, config.workers)
+        self._cluster = connect(config.ray, config.workers)
         try:
             if self._owns_actors:
                 fitting = _fitting(config)
@@ -523,7 +523,7 @@ def start_actors(config: RayConfig, workers: int) -> list[Any]:
     return [make.remote() for _ in range(workers)]
 
 
-def _connect(config: RayConfig, workers: int) -> ExitStack:
+def connect(config: RayConfig, workers: int) -> ExitStack:
     """Join a cluster, or start a local one: returns what leaves it, or shuts it down, on close.
 
     A cluster that this process is in already is left as it is.

@@ -119,18 +119,7 @@ class Worker:
 
         Called on the first member alone, before all `connect`.
         """
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        # Left to itself the store listens on every interface. The socket becomes its own to close.
-        listening = socket.create_server((address, 0), family=family)
-        port = listening.getsockname()[1]
-        self._store = dist.TCPStore(
-            address,
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=self._timeout,
-            master_listen_fd=listening.detach(),
-        )
+        self._store, port = open_store(address, self._timeout)
         return port
 
     def connect(
@@ -349,6 +338,28 @@ class Worker:
     @property
     def _timeout(self) -> timedelta:
         return timedelta(seconds=self._experiment.config.ray.timeout_s)
+
+
+def open_store(address: str, timeout: timedelta) -> tuple[dist.TCPStore, int]:
+    """A store at which processes meet, on this node's `address` alone, and its port."""
+    # Left to itself the store listens on every interface. The socket becomes its own to close.
+    listening = listen(address)
+    port = listening.getsockname()[1]
+    store = dist.TCPStore(
+        address,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timeout,
+        master_listen_fd=listening.detach(),
+    )
+    return store, port
+
+
+def listen(address: str) -> socket.socket:
+    """A socket that listens on this node's `address`, at a free port."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.create_server((address, 0), family=family)
 
 
 def interface_of(address: str) -> str:
