@@ -113,6 +113,14 @@ def simulated(config, device):
     return records, simulator.replica
 
 
+def assert_same_records(records, expected, rtol, atol):
+    assert len(records) == len(expected) == 3
+    for ours, theirs in zip(records, expected, strict=True):
+        assert ours["bytes_sent"] == theirs["bytes_sent"]
+        for key in {"loss", "consensus_distance", "eval_loss"} & theirs.keys():
+            assert ours[key] == pytest.approx(theirs[key], rel=rtol, abs=atol), key
+
+
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(
     ("method", "dtype"),
@@ -124,11 +132,7 @@ def test_the_simulator_gives_the_same_run_on_a_gpu(method, dtype, task):
     (on_cpu, cpu), (on_gpu, gpu) = (simulated(config, device) for device in ("cpu", "cuda"))
     assert gpu.x.device.type == "cuda"
     rtol, atol = (1e-4, 1e-5) if dtype == "float32" else (1e-9, 1e-12)
-    assert len(on_cpu) == len(on_gpu) == 3
-    for a, b in zip(on_cpu, on_gpu, strict=True):
-        for key in ("loss", "consensus_distance", "eval_loss"):
-            assert b.get(key) == pytest.approx(a.get(key), rel=rtol, abs=atol), key
-        assert b["bytes_sent"] == a["bytes_sent"]
+    assert_same_records(on_gpu, on_cpu, rtol, atol)
     torch.testing.assert_close(gpu.x.cpu(), cpu.x, rtol=rtol, atol=atol)
     torch.testing.assert_close(gpu.buffers.cpu(), cpu.buffers, rtol=rtol, atol=atol)
 
@@ -145,9 +149,10 @@ def test_autocast_on_a_gpu_rounds_products_alone():
 @needs_ray
 def test_a_run_begun_on_a_gpu_goes_on_on_the_cpu(tmp_path):
     config = config_of("gradient_tracking", "cnn", checkpoint={"every": 6})
-    whole = decentral.run(config, **{"sim.device": "cpu"})
-    decentral.run(config, out=tmp_path / "run", steps=6, **{"sim.device": "cuda"})
-    resumed = decentral.resume(tmp_path / "run", steps=STEPS, **{"sim.device": "cpu"})
+    whole = decentral.run(config)
+    on_gpu = config | {"sim": {"device": "cuda"}, "steps": 6}
+    decentral.run(on_gpu, out=tmp_path / "run")
+    resumed = decentral.resume(tmp_path / "run", steps=STEPS, sim={"device": "cpu"})
     for name, value in whole.model.state_dict().items():
         ours = resumed.model.state_dict()[name]
         torch.testing.assert_close(ours, value, rtol=1e-9, atol=1e-12, msg=name)
@@ -259,9 +264,7 @@ def test_ray_workers_that_share_a_card_exchange_through_gloo(section, told):
         4 - section.get("cpu_workers", 0)
     )
     assert any(told in line and "gloo" in line for line in said)
-    for a, b in zip(expected, records, strict=True):
-        for key in ("loss", "consensus_distance", "eval_loss"):
-            assert b.get(key) == pytest.approx(a.get(key), rel=1e-9, abs=1e-12), key
+    assert_same_records(records, expected, 1e-9, 1e-12)
 
 
 def _device(worker):
