@@ -39,6 +39,7 @@ MAY_CHANGE = (
     "record",
     "checkpoint",
     "network",
+    "sim",
     "ray",
     "loggers",
     "name",

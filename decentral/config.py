@@ -106,12 +106,14 @@ class GradientConfig(_Section):
 
     clip_norm: the norm that it is scaled down to where it is longer (null: never). accumulate:
     the batches of task.batch_size whose mean makes one step. autocast: the precision of products
-    in forward and backward pass (null: the run's dtype).
+    in forward and backward pass (null: the run's dtype). compile: the model by torch.compile, on
+    a worker of a cluster.
     """
 
     clip_norm: Positive | None = None
     accumulate: Annotated[int, Field(gt=0, le=MOST_BATCHES)] = 1
     autocast: Literal["bfloat16"] | None = None
+    compile: bool = False
 
 
 class ScaleConfig(_Section):
@@ -212,14 +214,24 @@ class RayConfig(_Section):
 
     placement: neighbours share a node where they can, or each is where the graph file says if
     that names the cluster's nodes; or ranks as Ray starts the workers.
+
+    gpus_per_worker: a fraction for workers that share a GPU. cpu_workers: so many of the workers
+    have none, where the others have gpus_per_worker.
     """
 
     address: str | None = None
     cpus_per_worker: Positive = 1.0
     gpus_per_worker: NonNegative = 0.0
+    cpu_workers: Count = 0
     placement: Literal["neighbours", "rank"] = "neighbours"
     timeout_s: Positive = 300.0
     patience: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 10.0
+
+    @property
+    def backend(self) -> Literal["nccl", "gloo"]:
+        """Of torch.distributed, the same for all workers. NCCL knows no CPUs, and refuses two
+        ranks on one card."""
+        return "nccl" if self.gpus_per_worker >= 1 and not self.cpu_workers else "gloo"
 
 
 class KillFault(_Section):
@@ -372,7 +384,25 @@ def load(
             f" {config.min_workers}",
             "min_workers",
         )
+    _check_cpu_workers(config)
     return _scale(config) if config.scale_lr is not None else config
+
+
+def _check_cpu_workers(config: Config) -> None:
+    ray, wrong = config.ray, None
+    if not ray.cpu_workers:
+        return
+    if not ray.gpus_per_worker:
+        wrong = "the others have GPUs; set ray.gpus_per_worker, or leave cpu_workers out"
+    elif ray.cpu_workers >= config.workers:
+        wrong = (
+            f"must be below workers, which is {config.workers}; got {ray.cpu_workers}."
+            " For CPUs alone set ray.gpus_per_worker=0"
+        )
+    elif config.min_workers is not None:
+        wrong = "which workers go and come is not known of an elastic run; give one number"
+    if wrong:
+        raise UserError(wrong, "ray.cpu_workers")
 
 
 def override(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

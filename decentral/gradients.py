@@ -127,8 +127,10 @@ class ModuleGradient:
         clip_norm: float | None = None,
         accumulate: int = 1,
         autocast: str | None = None,
+        compile: bool = False,
     ):
         self._model, self._task, self.sampler = model, task, sampler
+        self._forward = torch.compile(model.module) if compile else model.module
         self._clip_norm, self._autocast = clip_norm, autocast
         self.batches, self.measures = Batches(accumulate), False
         self.slowdown: Callable[[int], float] | None = None
@@ -196,7 +198,7 @@ class ModuleGradient:
         *inputs, target = (tensor[0] for tensor in batch)
         seed_generators(self.sampler.seed(micro), self._model.device)
         with lower_precision(self._autocast, self._model.device):
-            return self._task.loss(self._model.module(*inputs), target)
+            return self._task.loss(self._forward(*inputs), target)
 
 
 class StackedGradient:

@@ -62,8 +62,7 @@ def measure(config: Config, say: Callable[[str], None] = log.info, seconds: floa
         each = min(ROUND_S, seconds / (len(rounds) + 1))
         say(f"measuring {math.comb(n, 2)} links in {len(rounds)} rounds of {each:.2g} s at most")
         began = time.monotonic()
-        device = "cuda" if config.ray.gpus_per_worker > 0 else "cpu"
-        seen: list[_Seen] = engine.ask(_look, rounds, device, each)
+        seen: list[_Seen] = engine.ask(_look, rounds, each)
         say(f"measured in {time.monotonic() - began:.0f} s")
     finally:
         engine.close()
@@ -176,11 +175,11 @@ class _Seen:
     all_reduce: float
 
 
-def _look(worker: Worker, rounds: list[Pairs], device: str, seconds: float) -> _Seen:
+def _look(worker: Worker, rounds: list[Pairs], seconds: float) -> _Seen:
     """Measure as one worker of all, which all do it at the same time."""
-    backend = dist.get_backend()
+    backend, device = dist.get_backend(), worker.device
     ways = two_ways() if backend == "gloo" else None
-    comm = PeerComm(None, ways)
+    comm = PeerComm(None, ways, device=device)
     _meet(comm, device)
     steps, began = [worker.step_seconds()], time.perf_counter()
     while time.perf_counter() - began < COMPUTE_S:
@@ -191,7 +190,8 @@ def _look(worker: Worker, rounds: list[Pairs], device: str, seconds: float) -> _
         for u, v in pairs:
             if comm.rank in (u, v):
                 # A door of its own, for it keeps a buffer for each size that it has heard.
-                found = link(PeerComm(None, ways), u + v - comm.rank, device, seconds)
+                door = PeerComm(None, ways, device=device)
+                found = link(door, u + v - comm.rank, device, seconds)
                 if comm.rank == u:
                     links[u, v] = found
     _meet(comm, device)

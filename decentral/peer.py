@@ -85,7 +85,9 @@ class PeerComm:
 
     A gloo connection between two ranks is half-duplex in practice, so two groups carry the
     messages: the first of `groups` those to a higher rank, the second those to a lower one. NCCL
-    needs none. Buffers on a GPU are staged through host memory where the backend is gloo.
+    needs none. Where tensors are on a GPU and the backend is gloo, what is sent and received is
+    staged in pinned host memory. On a GPU a mix takes the memory of one message for each neighbour
+    that is heard, and no more: the sum is taken in the first one's.
 
     `own_group` averages by itself, where the method has such groups. What does not come at a step
     is not sent either: both ends know it from `mixing`. device: where the tensors are; `stopwatch`
@@ -111,35 +113,46 @@ class PeerComm:
         self.stopwatch = Stopwatch(device)
         self._up, self._down = ways or (None, None)
         self._own_group = own_group
+        self._device = torch.device(device)
+        self._on_gpu = self._device.type == "cuda"
         # Where no backend was named, it follows from where the tensors are.
-        self._host = device == "cpu" or dist.get_backend() == "gloo"
+        self._host = not self._on_gpu or dist.get_backend() == "gloo"
         self._mixing = mixing
         # By id: those of the topology stay, and of the others the last, with its matrix.
         self._intact = (
             {id(W): _exchange_plan(W, self.rank) for W in mixing.matrices} if mixing else {}
         )
         self._other: tuple[csr_array, _Plan] | None = None
-        self._received: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
+        self._buffers: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
 
     def mix(self, message: Tensor, step: int, decode: Decode = as_it_is) -> Tensor:
         own_weight, heard, hearers = self._plan(step)
         own = decode(message)
-        if self._host:
-            message = message.cpu()
-        received = {peer: self._buffer(peer, message) for peer in heard}
+        dtype = accumulation_dtype(own.dtype)
+        sent = self._outgoing(message)
+        received = {peer: self._incoming(peer, sent) for peer in heard}
         # What is to be decoded, or copied to a GPU, has to be there whole.
-        whole = decode is not as_it_is or own.device.type != "cpu"
+        whole = decode is not as_it_is or self._on_gpu
         pieces = 1 if whole else min(PIECES, max(1, nbytes(message) // LEAST_PIECE))
-        arrivals = self._begin(dict.fromkeys(hearers, message), received, step, pieces)
-        mixed = own.to(accumulation_dtype(own.dtype)) * own_weight  # while messages are under way
+        arrivals = self._begin(dict.fromkeys(hearers, sent), received, step, pieces)
+        # While messages are under way; on a GPU the sum is taken in the first one's memory.
+        mixed = None if self._on_gpu else own.to(dtype) * own_weight
         for peer, piece in arrivals:
-            theirs = decode(received[peer].to(own.device)).view(-1)[piece]
-            mixed.view(-1)[piece].add_(theirs.to(mixed), alpha=heard[peer])
+            if not whole:
+                assert mixed is not None, "on a CPU"
+                theirs = received[peer].view(-1)[piece].to(dtype)
+                mixed.view(-1)[piece].add_(theirs, alpha=heard[peer])
+                continue
+            theirs = decode(self._arrived(received.pop(peer))).to(dtype)
+            if mixed is None:
+                mixed = theirs.mul_(heard[peer]).add_(own.to(dtype), alpha=own_weight)
+            else:
+                mixed.add_(theirs, alpha=heard[peer])
         if self.failure is not None:
-            return own.to(mixed.dtype, copy=True)
+            return own.to(dtype, copy=True)
         self.bytes_sent += len(hearers) * nbytes(message)
         self.events.append(Event("neighbours", step, nbytes(message)))
-        return mixed
+        return own.to(dtype) * own_weight if mixed is None else mixed
 
     def mean(self, x: Tensor, step: int, counted: bool = True) -> Tensor:
         total = self._all_reduce(x, step, counted=counted)
@@ -167,11 +180,11 @@ class PeerComm:
 
     def trade(self, x: Tensor, peer: int, step: int) -> Tensor:
         """What `peer` sends while x goes to it, like x; not counted, and good until the next."""
-        own = x.to("cpu" if self._host else x.device)
-        theirs = self._buffer(peer, own)
+        own = self._outgoing(x)
+        theirs = self._incoming(peer, own)
         if not self._exchange({peer: own}, {peer: theirs}, step):
             return x
-        return theirs.to(x.device)
+        return self._arrived(theirs)
 
     def spread(self, x: Tensor) -> Tensor:
         return x.expand(len(self._neighbours), *x.shape)
@@ -180,17 +193,15 @@ class PeerComm:
         return messages.sum(dim=0)
 
     def swap(self, messages: Tensor, step: int) -> Tensor:
-        device = messages.device
-        messages = messages.to("cpu" if self._host else device).contiguous()
-        received = torch.empty_like(messages)
-        out, into = (
-            dict(zip(self._neighbours, rows, strict=True)) for rows in (messages, received)
-        )
+        sent = self._outgoing(messages.contiguous())
+        received = self._incoming(_SWAPPED, sent)
+        out, into = (dict(zip(self._neighbours, rows, strict=True)) for rows in (sent, received))
         if not self._exchange(out, into, step):
-            return messages.to(device)
+            return messages
         self.bytes_sent += nbytes(messages)
         self.events.append(Event("neighbours", step, nbytes(messages[:1])))
-        return received.to(device)
+        arrived = self._arrived(received)
+        return arrived if self._on_gpu else arrived.clone()
 
     @property
     def _neighbours(self) -> list[int]:
@@ -222,7 +233,8 @@ class PeerComm:
         """
         if self.failure is not None:
             return None
-        total = x.to("cpu" if self._host else x.device, accumulation_dtype(x.dtype), copy=True)
+        dtype = accumulation_dtype(x.dtype)
+        total = self._staged(_SUM, x, dtype) if self._stages else x.to(dtype, copy=True)
         # The deadline goes with the operation: one that is only waited for less long than it
         # runs would keep the group from closing.
         options = dist.AllreduceOptions()
@@ -242,7 +254,7 @@ class PeerComm:
             whole = all_reduce_bytes(nbytes(x), size)
             self.bytes_sent += whole * (rank + 1) // size - whole * rank // size
             self.events.append(Event("everyone" if group is None else "group", step, nbytes(x)))
-        return total
+        return self._arrived(total)
 
     def _exchange(self, out: Mapping[int, Tensor], into: Mapping[int, Tensor], step: int) -> bool:
         """Send and receive at once, a message for, or from, each peer.
@@ -331,11 +343,42 @@ class PeerComm:
     def _from(self, peer: int) -> dist.ProcessGroup | None:
         return self._down if peer > self.rank else self._up
 
-    def _buffer(self, peer: int, like: Tensor) -> Tensor:
-        kind = (peer, like.shape, like.dtype)
-        if kind not in self._received:
-            self._received[kind] = torch.empty_like(like)
-        return self._received[kind]
+    @property
+    def _stages(self) -> bool:
+        return self._on_gpu and self._host
+
+    def _outgoing(self, message: Tensor) -> Tensor:
+        """The message where the backend takes it from: good until the next one is sent."""
+        return self._staged(_SENT, message, message.dtype) if self._stages else message
+
+    def _staged(self, use: int, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy of x in pinned host memory, which the next one of that use overwrites.
+
+        It waits for the GPU to have copied x, and with it all that came before: so whoever then
+        receives into pinned memory overwrites nothing that `_arrived` has yet to copy.
+        """
+        copy = self._buffer(use, x.shape, dtype)
+        copy.copy_(x, non_blocking=True)
+        torch.cuda.current_stream(x.device).synchronize()
+        return copy
+
+    def _incoming(self, use: int, like: Tensor) -> Tensor:
+        """Where to receive what is like `like`: on a GPU it is the caller's to keep."""
+        return self._buffer(use, like.shape, like.dtype) if self._host else torch.empty_like(like)
+
+    def _arrived(self, received: Tensor) -> Tensor:
+        """What was received, on the worker's device."""
+        return received.to(self._device, non_blocking=True)
+
+    def _buffer(self, use: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """In host memory, one for each use: a peer that is heard, or one of those below 0."""
+        kind = (use, shape, dtype)
+        if kind not in self._buffers:
+            self._buffers[kind] = torch.empty(shape, dtype=dtype, pin_memory=self._stages)
+        return self._buffers[kind]
+
+
+_SENT, _SUM, _SWAPPED = -1, -2, -3  # uses of a buffer, beside the peers
 
 
 def two_ways(

@@ -15,6 +15,7 @@ SMALL = {
     "churn": ["--steps", "60"],
     "driver_kills": ["--engine", "sim", "--kills", "2", "--steps", "150"],
     "gossip_pga_digits": ["--steps", "24", "--seeds", "2", "--workers", "4"],
+    "gpu_rate": ["--workers", "2", "--models", "mlp", "--models", "gpt", "--pairs", "1"],
     "heterogeneity": ["--steps", "6", "--seeds", "2", "--workers", "4"],
     "overhead": ["--hidden", "8", "--rounds", "3"],
     "planner": [

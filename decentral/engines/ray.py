@@ -61,6 +61,7 @@ class RayEngine:
         self._owns_actors = not actors
         self._blank: set[int] = set()  # workers without a state yet
         self._nodes: dict[int, tuple[str, int]] = {}  # address and process id
+        self._on_cpu: set[int] = set()  # workers without a GPU, where the others have some
         self._bytes: dict[int, int] = {}  # that each worker has sent; -1: those that are gone
         self._saving: tuple[int, ...] = ()  # the workers of the last checkpoint
         self._settled = False  # whether a segment has come back whole since workers came
@@ -178,6 +179,9 @@ class RayEngine:
             if worker not in self._actors:
                 other, actor = spare.popitem()
                 self._actors[worker] = actor
+                self._on_cpu.discard(worker)
+                if other in self._on_cpu:
+                    self._on_cpu ^= {other, worker}
                 self._nodes[worker] = self._nodes.pop(other)
                 takes[worker] = actor.take.remote(worker, shared)
         for worker, actor in spare.items():  # for later
@@ -191,7 +195,7 @@ class RayEngine:
         shared = None
         for worker in workers:
             if worker not in self._starting:
-                (actor,) = start_actors(self._experiment.config.ray, 1)
+                actor = _start_actor(self._experiment.config.ray, worker in self._on_cpu)
                 shared = shared or self._shared()
                 self._starting[worker] = actor, actor.take.remote(worker, shared)
 
@@ -288,6 +292,13 @@ class RayEngine:
         if count > 1 and topology is not None and experiment.algorithm.needs_topology:
             line += f"; {placement.crossing(topology, addresses)}"
         say(line)
+        config = experiment.config.ray
+        if config.gpus_per_worker and config.backend == "gloo":
+            why = "some have none" if config.cpu_workers else "some share one"
+            say(
+                f"not each worker has a GPU of its own ({why}): they exchange through gloo and"
+                " pinned host memory, not NCCL"
+            )
         self._connect_all(Group(self.members, None))
 
     def _shared(self) -> Any:
@@ -335,6 +346,8 @@ class RayEngine:
                 ranks = placement.order(traffic, addresses)
         self._actors = {worker: self._actors[actor] for worker, actor in enumerate(ranks)}
         self._nodes = {worker: nodes[actor] for worker, actor in enumerate(ranks)}
+        with_gpu = len(nodes) - config.ray.cpu_workers  # `start_actors` has them first
+        self._on_cpu = {worker for worker, actor in enumerate(ranks) if actor >= with_gpu}
 
     def _drop(self, worker: int) -> None:
         """Let go of a worker, alive or not."""
@@ -477,7 +490,8 @@ class _Actor(Worker):
 
     def take(self, number: int, shared: tuple[Config, Topology | None, Surroundings]) -> None:
         config, topology, surroundings = shared
-        self.build(config, topology, number, surroundings)
+        device = "cuda" if ray.get_gpu_ids() else "cpu"
+        self.build(config, topology, number, surroundings, device)
         shown = any(logger.name == "ray" for logger in config.loggers)
         self._gauges = WorkerGauges(config.name, number) if shown else None
 
@@ -516,11 +530,18 @@ def _holds(config: RayConfig, resources: Mapping[str, float]) -> int:
 
 
 def start_actors(config: RayConfig, workers: int) -> list[Any]:
-    """As many actors, not yet built for any run, on the cluster that this process is in."""
-    make = ray.remote(_Actor).options(
-        num_cpus=config.cpus_per_worker, num_gpus=config.gpus_per_worker, max_restarts=0
-    )
-    return [make.remote() for _ in range(workers)]
+    """As many actors, not yet built for any run, on the cluster that this process is in.
+
+    The last `config.cpu_workers` are those without a GPU.
+    """
+    with_gpu = workers - config.cpu_workers
+    return [_start_actor(config, on_cpu=actor >= with_gpu) for actor in range(workers)]
+
+
+def _start_actor(config: RayConfig, on_cpu: bool) -> Any:
+    gpus = 0 if on_cpu else config.gpus_per_worker
+    make = ray.remote(_Actor)
+    return make.options(num_cpus=config.cpus_per_worker, num_gpus=gpus, max_restarts=0).remote()
 
 
 def connect(config: RayConfig, workers: int) -> ExitStack:
@@ -652,11 +673,14 @@ def _reach(address: str) -> None:
 def _check_resources(config: RayConfig, workers: int) -> None:
     """Raise UserError if the cluster cannot hold so many workers."""
     total = ray.cluster_resources()
-    for resource, each in (("CPU", config.cpus_per_worker), ("GPU", config.gpus_per_worker)):
+    for resource, each, takers in (
+        ("CPU", config.cpus_per_worker, workers),
+        ("GPU", config.gpus_per_worker, workers - config.cpu_workers),
+    ):
         there = total.get(resource, 0.0)
-        if workers * each > there:
+        if takers * each > there:
             raise UserError(
-                f"{workers} workers x {each:g} {resource} asked, the cluster has {there:g};"
+                f"{takers} workers x {each:g} {resource} asked, the cluster has {there:g};"
                 f" lower workers or ray.{resource.lower()}s_per_worker, or add nodes",
                 f"ray.{resource.lower()}s_per_worker",
             )

@@ -92,6 +92,7 @@ class Worker:
         topology: Topology | None,
         number: int,
         surroundings: Surroundings,
+        device: str = "cpu",
     ) -> None:
         """Build worker `number` of the run. The topology comes along, for a graph file may lie on
         the driver's node alone; the task's data is read here."""
@@ -101,18 +102,16 @@ class Worker:
         torch.set_num_threads(max(1, int(config.ray.cpus_per_worker)))
         self._experiment = build(config, topology)
         self._number = number
-        gpus = self._experiment.config.ray.gpus_per_worker
-        self._device = "cuda" if gpus > 0 else "cpu"
-        # NCCL refuses two ranks on one card, so workers that share one exchange through gloo.
-        self._backend = "nccl" if gpus >= 1 else "gloo"
-        self._model = FlatModel(self._experiment.task.model, self._experiment.dtype, self._device)
+        self.device = device
+        self._backend = config.ray.backend
+        self._model = FlatModel(self._experiment.task.model, self._experiment.dtype, device)
         self._store: dist.TCPStore | None = None
         self._replica: Replica | PeerReplica | None = None
         self._writing: Writing | None = None
 
     def step_seconds(self) -> float:
         """Measured seconds of a local step."""
-        return step_seconds(self._experiment, self._device)
+        return step_seconds(self._experiment, self.device)
 
     def listen(self, address: str) -> int:
         """Open a store at which the workers meet, on this node's `address`; returns its port.
@@ -149,7 +148,7 @@ class Worker:
         experiment = self._experiment
         patience = Patience(experiment.config.ray.patience, self._timeout.total_seconds())
         mixing = experiment.mixing(group.topology, group.members)
-        comm = PeerComm(mixing, ways, own, patience, self._device)
+        comm = PeerComm(mixing, ways, own, patience, self.device)
         self._comm = comm
         sampler = experiment.sampler([self._number], group.members)
         if self._replica is None or not group.again:
@@ -160,7 +159,7 @@ class Worker:
             self._replica.load_state_dict(filled(blank))
         if group.again:
             assert isinstance(self._replica, Replica), "asynchronous workers stay"
-            new = torch.tensor(self._number in group.new, device=self._device)
+            new = torch.tensor(self._number in group.new, device=self.device)
             with self._leaving_if_lost():
                 self._replica.regroup(comm, new if group.new else None)
 
@@ -186,7 +185,7 @@ class Worker:
         own = own_group(consecutive_groups(n, algorithm.schedule.groups), timeout)
         if self._backend == "nccl":
             # NCCL opens its connections at the first collective; point to point needs them.
-            dist.all_reduce(torch.zeros(1, device=self._device))
+            dist.all_reduce(torch.zeros(1, device=self.device))
         return ways, own
 
     def _start(self, comm: PeerComm, sampler: Sampler) -> Replica | PeerReplica:
@@ -208,7 +207,7 @@ class Worker:
                 store=self._store,
                 average_buffers=experiment.config.buffers == "average",
             )
-        number = torch.tensor(self._number, device=self._device)
+        number = torch.tensor(self._number, device=self.device)
         return experiment.replica(self._gradient, comm, number)
 
     def run(self, segment: Segment) -> Outcome:
