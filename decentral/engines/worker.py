@@ -24,6 +24,7 @@ from decentral.asynchronous import AsynchronousRule
 from decentral.asynchronous_peer import PeerReplica
 from decentral.comm import consecutive_groups
 from decentral.config import Config
+from decentral.diagnostics.figures import diagnostics_of
 from decentral.errors import StepError
 from decentral.evaluation import averaged_buffers, evaluate
 from decentral.experiment import build
@@ -106,6 +107,8 @@ class Worker:
         # NCCL refuses two ranks on one card, so workers that share one exchange through gloo.
         self._backend = "nccl" if gpus >= 1 else "gloo"
         self._model = FlatModel(self._experiment.task.model, self._experiment.dtype, self._device)
+        self._diagnostics = diagnostics_of(self._experiment, self._device)
+        self._averaged: tuple[Tensor, Tensor] | None = None
         self._store: dist.TCPStore | None = None
         self._replica: Replica | PeerReplica | None = None
         self._writing: Writing | None = None
@@ -207,6 +210,7 @@ class Worker:
                 matchings=experiment.matchings,
                 store=self._store,
                 average_buffers=experiment.config.buffers == "average",
+                watches_drift=experiment.watches_drift,
             )
         number = torch.tensor(self._number, device=self._device)
         return experiment.replica(self._gradient, comm, number)
@@ -262,6 +266,18 @@ class Worker:
             assert own.accuracy is not None
             values["eval_accuracy_workers"] = own.accuracy
         return values
+
+    def average(self) -> None:
+        """Take the averaged model on the first member, for `diagnose`; all must call it."""
+        averaged = self._mean()
+        self._averaged = averaged if self._is_first else None
+
+    def diagnose(self, step: int) -> dict[str, float]:
+        """The figures of the averaged model that `average` has left here."""
+        assert self._averaged is not None, "average comes first"
+        assert self._diagnostics is not None, "asked for"
+        averaged, self._averaged = self._averaged, None
+        return self._diagnostics.of(step, *averaged)
 
     def average_model(self) -> dict[str, Tensor] | None:
         """The averaged model's state_dict from the first member; all must call it."""
