@@ -55,9 +55,12 @@ class Objective:
             for leaves, loss in self._losses(x):
                 first = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
                 slope = torch.stack([(g * u).sum() for g, u in zip(first, along, strict=True)])
-                if slope.requires_grad:  # else the loss is linear in x
-                    second = torch.autograd.grad(slope.sum(), leaves, materialize_grads=True)
-                    self._add(total, second)
+                if not slope.requires_grad:  # the loss is linear in x
+                    continue
+                # Not torch.autograd.grad, which takes a function that can be differentiated once
+                # for a constant: backward comes past it, and raises.
+                slope.sum().backward()
+                self._add(total, [leaf.grad for leaf in leaves])
         return total
 
     def _losses(self, x: Tensor) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
@@ -73,9 +76,10 @@ class Objective:
                 loss = self.task.loss(self.model(leaves, buffers, inputs), target)
                 yield tuple(leaves.values()), weight * loss
 
-    def _add(self, total: Tensor, parts: Sequence[Tensor]) -> None:
+    def _add(self, total: Tensor, parts: Sequence[Tensor | None]) -> None:
         for view, part in zip(self.model.parameters.views(total).values(), parts, strict=True):
-            view += part.detach()
+            if part is not None:
+                view += part
 
 
 def fixed_sample(shards: Sequence[Tensor], per_worker: int, seed: int) -> list[Part]:
