@@ -36,9 +36,10 @@ CHAINS = {
 def filled(model, seed):
     """The model in float64, all parameters and statistics drawn."""
     generator = torch.Generator().manual_seed(seed)
-    for tensor in model.double().state_dict().values():
+    for name, tensor in model.double().state_dict().items():
         if tensor.is_floating_point():
-            tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) - 0.3)
+            drawn = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+            tensor.copy_(drawn if name.endswith("running_var") else drawn - 0.3)
     return model.eval()
 
 

@@ -153,7 +153,8 @@ def _layers(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     if type(module) is not nn.Sequential:
         yield prefix, module
         return
-    for name, child in module.named_children():
+    for name, child in module._modules.items():  # named_children tells of one used twice once
+        assert child is not None, "a Sequential holds modules"
         yield from _layers(child, f"{prefix}.{name}" if prefix else name)
 
 
