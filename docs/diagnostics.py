@@ -1,6 +1,6 @@
 """Draw sharpness beside 2/lr in full-batch gradient descent on digits: the edge of stability.
 
-python docs/diagnostics.py        # writes docs/diagnostics.png; about a minute
+python docs/diagnostics.py        # writes docs/diagnostics.png
 """
 
 from pathlib import Path
