@@ -121,9 +121,11 @@ class AsynchronousReplica:
         make_scheduler: Callable[[torch.optim.Optimizer], Any] | None,
         *,
         average_buffers: bool = True,
+        watches_drift: bool = False,
     ):
         self.x = gradient.parameters.clone()
         self.buffers = gradient.buffers.clone()
+        self.anchor = self.x.clone() if watches_drift else None  # as in Replica
         self.counters = gradient.counters
         self.state = rule.state(self.x)
         self.comm = comm
@@ -167,12 +169,16 @@ class AsynchronousReplica:
     def report(self, segment: Segment) -> Report:
         """What came of `segment`; the global average that it ends with, if any, is taken here."""
         self.step = segment.stop
-        deviation = None
+        deviation = drift = None
         if segment.record or segment.global_average:
             mean = self.comm.mean(self.x, segment.stop - 1, counted=segment.global_average)
             deviation = squared_distance(self.x, mean)
+            if self.anchor is not None and segment.drift:
+                drift = squared_distance(self.x, self.anchor)
             if segment.global_average:
                 self.x.copy_(mean)
+                if self.anchor is not None:
+                    self.anchor.copy_(mean)
                 for value in (self.buffers[..., : self._shared], *self.state.values()):
                     if value.numel():
                         value.copy_(self.comm.mean(value, segment.stop - 1))
@@ -181,6 +187,7 @@ class AsynchronousReplica:
             stop=segment.stop,
             loss=self._loss.numpy().reshape(-1).copy(),
             deviation=array(deviation) if segment.record else None,
+            drift=array(drift),
             bytes_sent=self.comm.bytes_sent,
             events=events,
             lr=self._settings.lr(segment.stop - 1),
@@ -192,6 +199,7 @@ class AsynchronousReplica:
         return {
             "x": self.x,
             "buffers": self.buffers,
+            "anchor": self.anchor,
             "counters": self.counters,
             "state": self.state,
             "finished": self._finished,
@@ -204,6 +212,7 @@ class AsynchronousReplica:
         for mine, saved in (
             (self.x, state["x"]),
             (self.buffers, state["buffers"]),
+            *([] if self.anchor is None else [(self.anchor, state["anchor"])]),
             (self._finished, state["finished"]),
             *((value, state["counters"][name]) for name, value in self.counters.items()),
             *((value, state["state"][name]) for name, value in self.state.items()),

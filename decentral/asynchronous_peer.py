@@ -40,9 +40,16 @@ class PeerReplica(AsynchronousReplica):
         matchings: Matchings,
         store: dist.Store,
         average_buffers: bool = True,
+        watches_drift: bool = False,
     ):
         super().__init__(
-            gradient, rule, comm, make_optimizer, make_scheduler, average_buffers=average_buffers
+            gradient,
+            rule,
+            comm,
+            make_optimizer,
+            make_scheduler,
+            average_buffers=average_buffers,
+            watches_drift=watches_drift,
         )
         self._matchings, self._store = matchings, store
         self._lock = threading.Lock()

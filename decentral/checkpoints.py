@@ -115,14 +115,16 @@ class Checkpoints:
 
         Raises UserError if there is none.
         """
+        return _step(self.newest_files()[0])
+
+    def newest_files(self) -> tuple[str, dict[str, Written]]:
+        """The folder of that one, and what it consists of."""
         refused = []
         for folder in self._listed():
             try:
-                self._files(folder)
+                return folder, self._files(folder)
             except StorageError as error:
                 refused.append(_damaged(folder, error))
-            else:
-                return _step(folder)
         raise self._none(refused)
 
     def restore(self, coordinator: Coordinator, engine: Engine) -> None:

@@ -19,6 +19,8 @@ from decentral.progress import Terminal
 if TYPE_CHECKING:
     import networkx as nx
 
+    from decentral.diagnostics.connectivity import Line
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -99,6 +101,38 @@ def watch(
         follow(directories, console)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+@app.command(epilog="Example: decentral connectivity runs/local --workers 0 7 --match")
+def connectivity(
+    directories: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR [DIR]",
+            help="A run with a checkpoint: two of its workers; two finished runs: their averages.",
+        ),
+    ],
+    workers: Annotated[
+        tuple[int, int] | None, typer.Option(help="Of one run; the first and the last by default.")
+    ] = None,
+    points: Annotated[int, typer.Option(min=2, help="Along the line, ends included.")] = 11,
+    match: Annotated[
+        bool, typer.Option("--match", help="Renumber the hidden units of one to be near the other.")
+    ] = False,
+    data: Annotated[
+        str | None, typer.Option(help="test or train; test where the task has such data.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """The loss along the straight line between two trained models, and its barrier."""
+    from decentral.diagnostics.connectivity import connectivity as line_between
+
+    sys.path.insert(0, "")  # a user's own task is looked up in the working directory
+    line = line_between(directories, workers=workers, points=points, match=match, data=data)
+    if as_json:
+        print(json.dumps(line.json(), indent=2))
+    else:
+        console.print(_line_table(line))
 
 
 @app.command(epilog="Example: decentral topology random_regular degree=3 -n 16 --period 8")
@@ -466,6 +500,21 @@ def _methods_table(facts: dict[str, Any]) -> Table:
             stage = (facts[figures] or {}).get(method)
             row += [_order(stage[data]) if stage else "-" for data in ("iid", "non_iid")]
         table.add_row(*row)
+    return table
+
+
+def _line_table(line: "Line") -> Table:
+    """The losses along a line, and the barrier below them."""
+    how = " matched," if line.matched else ""
+    table = Table(
+        title=" to ".join(line.ends),
+        caption=f"{line.data} data;{how} distance {line.distance:.4g}, barrier {line.barrier:.4g}",
+    )
+    for column in ("along", "loss", "accuracy")[: 2 if line.accuracy is None else 3]:
+        table.add_column(column, justify="right")
+    columns = [line.loss] if line.accuracy is None else [line.loss, line.accuracy]
+    for t, *figures in zip(line.at, *columns, strict=True):
+        table.add_row(f"{t:.3g}", *map(_number, figures))
     return table
 
 

@@ -188,6 +188,49 @@ class RecordConfig(_Section):
     timeline: PositiveInt | None = None
 
 
+class GradientNormsConfig(_Section):
+    """Squared norms of gradient and noise, from so many batches of a step each."""
+
+    batches: Annotated[int, Field(ge=2, le=MOST_BATCHES)] = 16
+
+
+class SharpnessConfig(_Section):
+    """The Hessian's largest eigenvalue, to a `tolerance` relative to it."""
+
+    tolerance: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+
+
+class TraceConfig(_Section):
+    """The Hessian's trace, from so many random vectors."""
+
+    vectors: Annotated[int, Field(ge=2, le=MOST_BATCHES)] = 16
+
+
+class DiagnosticsConfig(_Section):
+    """What to compute of the averaged model every so many steps: see docs/diagnostics.md.
+
+    samples_per_worker: at most so many of each worker's samples make the objective whose Hessian
+    is looked at. drift: of the workers' models, from where the last global average left them.
+    """
+
+    every: PositiveInt
+    samples_per_worker: PositiveInt = 512
+    gradient_norms: GradientNormsConfig | None = None
+    sharpness: SharpnessConfig | None = None
+    trace: TraceConfig | None = None
+    drift: bool = False
+
+    @property
+    def curvature(self) -> bool:
+        """Whether the Hessian is looked at."""
+        return self.sharpness is not None or self.trace is not None
+
+    @property
+    def of_the_model(self) -> bool:
+        """Whether anything is computed of the averaged model."""
+        return self.curvature or self.gradient_norms is not None
+
+
 class CheckpointConfig(_Section):
     """A checkpoint every so many steps (null: only when the user stops the run); the newest `keep`
     stay.
@@ -349,6 +392,7 @@ class Config(_Section):
     network: NetworkConfig = NetworkConfig()
     faults: list[Fault] = []
     record: RecordConfig = RecordConfig()
+    diagnostics: DiagnosticsConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     loggers: list[Named] = []
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"

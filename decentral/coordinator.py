@@ -5,6 +5,7 @@ end), collects loss and consensus distance, tells the schedule what came of a gl
 moves the clock, and makes the records.
 """
 
+import functools
 import logging
 import math
 import time
@@ -18,6 +19,7 @@ from decentral.algorithms.parallel import Parallel
 from decentral.asynchronous import AsynchronousRule
 from decentral.batches import Batches, NormTest
 from decentral.clock import Clock, clock_options, cluster_of, compute_scale
+from decentral.config import DiagnosticsConfig
 from decentral.engines import Engine, Interrupted
 from decentral.errors import UserError, WorkerError
 from decentral.event_queue import EventQueue
@@ -84,7 +86,8 @@ class Coordinator:
 
     def _run(self, segment: Segment) -> Report:
         """Run a segment to its end, whoever is lost on the way: the report of the last part."""
-        deviation, lr = None, 0.0
+        deviation = drift = None
+        lr = 0.0
         while True:
             if self._queue is not None:
                 moments = self._queue.run(segment.start, segment.stop)
@@ -101,11 +104,11 @@ class Coordinator:
             if report is None:
                 continue
             if deviation is None:
-                deviation = report.deviation
+                deviation, drift = report.deviation, report.drift
             if report.stop > segment.start:
                 lr = report.lr
             if whole:
-                return replace(report, deviation=deviation, lr=lr)
+                return replace(report, deviation=deviation, drift=drift, lr=lr)
             segment = replace(segment, start=report.stop, watch=False, measure=False)
 
     def _count_in(self, start: int, report: Report) -> None:
@@ -246,19 +249,26 @@ class Coordinator:
         change = self._experiment.faults.next_change(self.step + 1, self._engine.members)
         if change is not None:
             ends.add(change)
-        for every in (config.record.evaluate_every, config.checkpoint.every):
+        diagnostics = config.diagnostics
+        for every in (
+            config.record.evaluate_every,
+            config.checkpoint.every,
+            None if diagnostics is None else diagnostics.every,
+        ):
             if every is not None:
                 ends.add(_multiple_after(self.step, every))
         stop = min(ends)
+        diagnoses = diagnostics is not None and stop % diagnostics.every == 0
         return Segment(
             start=self.step,
             stop=stop,
             between=self._experiment.algorithm.between,
             global_average=average is not None and stop == average + 1,
-            record=self._evaluates(stop) or stop % config.record.every == 0,
+            record=diagnoses or self._evaluates(stop) or stop % config.record.every == 0,
             # A global average shows all there is to see, and takes it away.
             watch=watch is not None and stop == watch + 1 and stop - 1 != average,
             measure=test is not None and stop == test + 1,
+            drift=diagnoses and diagnostics is not None and diagnostics.drift,
             batches=None if test is None else Batches(self._count, self.step, self._drawn),
             load=self._count / config.gradient.accumulate,
         )
@@ -287,6 +297,7 @@ class Coordinator:
 
     def _record(self, report: Report) -> Record:
         assert report.deviation is not None, "a segment that records measures the deviation"
+        config = self._experiment.config
         record: Record = {
             "step": self.step,
             "loss": self._recorded.take(),
@@ -299,9 +310,26 @@ class Coordinator:
             "workers": len(self._engine.members),
         }
         if self._norm_test is not None:
-            record["batch_size"] = self._count * self._experiment.config.task.batch_size
+            record["batch_size"] = self._count * config.task.batch_size
         if self._evaluates(self.step):
             record.update(self.steadily(self._engine.evaluate))
+        diagnostics = config.diagnostics
+        if diagnostics is not None and self.step % diagnostics.every == 0:
+            record.update(self._diagnosed(diagnostics, report))
+        return record
+
+    def _diagnosed(self, diagnostics: DiagnosticsConfig, report: Report) -> Record:
+        """What config.diagnostics asks for; of the workers' models, as they were in `report`."""
+        record: Record = {}
+        if diagnostics.of_the_model:
+            diagnose = functools.partial(self._engine.diagnose, self.step)
+            record.update(self.steadily(diagnose))
+        if diagnostics.curvature:
+            record["two_over_lr"] = 2 / report.lr if report.lr else math.inf
+        if report.drift is not None:
+            distances = np.sqrt(report.drift)
+            record["drift_mean"] = float(distances.mean())
+            record["drift_max"] = float(distances.max())
         return record
 
     @property

@@ -75,6 +75,12 @@ def normal(key: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     return drawn.flatten(-2)[..., :size]
 
 
+def signs(key: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """Independent signs +1 or -1 in `dtype`, [..., size], for each of the `key`s [...]."""
+    bits = hash64(key[..., None], torch.arange(size, device=key.device))
+    return ((bits >> 63) * 2 + 1).to(dtype)  # the shift leaves -1 or 0
+
+
 def _unit(bits: Tensor) -> Tensor:
     """The lower 32 `bits` as a float64 within (0, 1)."""
     return (bits & 0xFFFFFFFF).double().add_(0.5).mul_(2.0**-32)

@@ -31,7 +31,7 @@ from decentral.algorithms.schedules import ConsensusControl, Never, Period
 from decentral.algorithms.zeroth_order import ZerothOrder
 from decentral.asynchronous import AsynchronousRule
 from decentral.clock import clock_options
-from decentral.comm import Comm
+from decentral.comm import Comm, accumulation_dtype
 from decentral.config import (
     ChurnFault,
     Config,
@@ -42,6 +42,7 @@ from decentral.config import (
     LoseFault,
     TaskConfig,
 )
+from decentral.diagnostics.objective import Objective, split
 from decentral.draws import hash64
 from decentral.errors import UserError
 from decentral.event_queue import Matchings, acceleration
@@ -141,7 +142,13 @@ class Experiment:
             gossip_period=algorithm.gossip_period,
             group_period=algorithm.schedule.group_period,
             average_buffers=self.config.buffers == "average",
+            watches_drift=self.watches_drift,
         )
+
+    @property
+    def watches_drift(self) -> bool:
+        """Whether the workers' drift is measured at some steps."""
+        return self.config.diagnostics is not None and self.config.diagnostics.drift
 
     def mixing(
         self, topology: Topology | None = None, members: Sequence[int] | None = None
@@ -223,6 +230,7 @@ def build(config: Config, topology: Topology | None = None) -> Experiment:
     """
     algorithm = algorithm_of(config)
     _check_gradient(config, algorithm)
+    _check_diagnostics(config)
     topology = topology or topology_of(config, algorithm)
     faults = _faults(config, algorithm, topology)
     make_optimizer = optimizer(config.optimizer.name, config.optimizer.options)
@@ -259,6 +267,8 @@ def build(config: Config, topology: Topology | None = None) -> Experiment:
         matchings,
     )
     _try_first_batch(experiment)
+    if config.diagnostics is not None and config.diagnostics.curvature:
+        _try_curvature(experiment)
     return experiment
 
 
@@ -407,6 +417,16 @@ def _check_gradient(config: Config, algorithm: Algorithm) -> None:
             f"{name} takes differences of losses, which are lost in the eight bits of bfloat16;"
             " set dtype=float32",
             "dtype",
+        )
+
+
+def _check_diagnostics(config: Config) -> None:
+    chosen = config.diagnostics
+    if chosen is not None and not chosen.of_the_model and not chosen.drift:
+        raise UserError(
+            f"names what to compute every {chosen.every} steps, and this names nothing; add"
+            " gradient_norms={}, sharpness={}, trace={} or drift=true, or take it away",
+            "diagnostics",
         )
 
 
@@ -638,6 +658,25 @@ def _try_first_batch(experiment: Experiment) -> None:
         raise UserError(f"the loss of {name} must be a scalar; its shape is {shape}", "task.name")
     if not math.isfinite(loss.item()):
         raise UserError(f"the loss of {name} is {loss.item()} at the start", "task.name")
+
+
+def _try_curvature(experiment: Experiment) -> None:
+    """One product with the Hessian on the first batch of worker 0."""
+    dtype = accumulation_dtype(experiment.dtype)
+    model = FlatModel(copy.deepcopy(experiment.task.model), dtype)
+    model.module.eval()
+    samples = experiment.sampler([0]).indices(0).flatten()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            Objective(model, experiment.task, model.b, split(samples)).hessian_product(
+                model.x, torch.ones_like(model.x)
+            )
+    except Exception as error:
+        raise UserError(
+            f"the model of {experiment.config.task.name} or its loss has no second derivative that"
+            f" torch can take: {_where(error)}. Take sharpness and trace away",
+            "diagnostics",
+        ) from error
 
 
 def _where(error: Exception) -> str:

@@ -115,7 +115,7 @@ class Moment(NamedTuple):
 @dataclass(frozen=True)
 class Segment:
     """Steps start .. stop-1; the last may average globally, record, be watched for its schedule,
-    and have its gradient's noise measured.
+    and have its gradient's noise measured. If it records it may measure drift too.
 
     One without steps is what is left of a last step that workers' deaths cut short: the record
     and the global average.
@@ -128,6 +128,7 @@ class Segment:
     record: bool
     watch: bool = False
     measure: bool = False
+    drift: bool = False
     batches: Batches | None = None  # where their number changes
     load: float = 1.0  # batches a step, of those that the config says
     moments: Sequence[Moment] = ()  # of an asynchronous method, in the simulator
@@ -147,6 +148,7 @@ class Report:
     moved: np.ndarray | None = None  # ||(W x)_i - x_i||^2 of the last averaging, if watched
     gradient_square: np.ndarray | None = None  # ||g_i||^2 at the last step, if watched or measured
     variance: np.ndarray | None = None  # of one batch's gradient at the last step, if measured
+    drift: np.ndarray | None = None  # ||x_i - c_i||^2 where deviation is taken, if asked for
     compute_s: np.ndarray | None = None  # seconds in gradients, of a worker of a cluster
     wait_s: np.ndarray | None = None  # and in exchanges: waiting for the others, and sending
 
@@ -159,7 +161,8 @@ class Replica:
     `wire` is a format for what goes over the wire in place of floats. Where neighbours average,
     they do at every `gossip_period`-th step; groups, if there are any, at every `group_period`-th.
     `average_buffers` says whether float buffers are averaged with the parameters, or stay each
-    worker's own.
+    worker's own. With `watches_drift`, `anchor` [..., D] is where drift is measured from, c: the
+    models after the last step that averaged globally, or as they started.
     """
 
     def __init__(
@@ -177,8 +180,10 @@ class Replica:
         gossip_period: int = 1,
         group_period: int | None = None,
         average_buffers: bool = True,
+        watches_drift: bool = False,
     ):
         self.x = gradient.parameters
+        self.anchor = self.x.clone() if watches_drift else None
         self.buffers = gradient.buffers
         self.counters = gradient.counters
         self.state: dict[str, Tensor] = {}
@@ -198,9 +203,10 @@ class Replica:
             self.state["outer_model"] = self.x.clone()
             self.state["outer_momentum"] = torch.zeros_like(self.x)
         self.averaging = Averaging.NOBODY
-        self._recording = self._watching = self._measuring = False
+        self._recording = self._watching = self._measuring = self._drifting = False
         self._load = 1.0
         self._deviation: Tensor | None = None
+        self._drift: Tensor | None = None
         self._moved: Tensor | None = None
         self._gradient_square: Tensor | None = None
         self._loss = torch.zeros(self.x.shape[:-1], dtype=torch.float64, device=self.x.device)
@@ -285,7 +291,8 @@ class Replica:
         return self.comm.least(v, self.step)
 
     def record(self, x: Tensor, counted: bool = False) -> Tensor | None:
-        """Where a rule is after its local step and before it averages: the consensus distance.
+        """Where a rule is after its local step and before it averages: the consensus distance, and
+        drift.
 
         Returns the mean of all x, for whoever needs it anyway, if this step is recorded.
         """
@@ -293,6 +300,8 @@ class Replica:
             return None
         mean = self.comm.mean(x, self.step, counted=counted)
         self._deviation = squared_distance(x, mean)
+        if self._drifting and self.anchor is not None:
+            self._drift = squared_distance(x, self.anchor)
         return mean
 
     def average(self) -> None:
@@ -319,7 +328,7 @@ class Replica:
     def run(self, segment: Segment) -> Report:
         """Run the steps of `segment`; parameters, optimizer and state move on in place."""
         self._loss.zero_()
-        self._deviation = self._moved = self._gradient_square = None
+        self._deviation = self._moved = self._gradient_square = self._drift = None
         self._load = segment.load
         if segment.batches is not None:
             self._gradient.batches = segment.batches
@@ -343,6 +352,7 @@ class Replica:
             moved=array(self._moved),
             gradient_square=array(self._gradient_square),
             variance=array(self._gradient.variance if segment.measure else None),
+            drift=array(self._drift),
             bytes_sent=self.comm.bytes_sent,
             events=events,
             lr=lr,
@@ -356,9 +366,12 @@ class Replica:
         self._recording = last and segment.record
         self._watching = last and segment.watch
         self._measuring = last and segment.measure
+        self._drifting = last and segment.drift
         if segment.measure:
             self._gradient.measures = last
         self._rule.step(self)
+        if last and segment.global_average:
+            self._set_anchor()
         if self.scheduler is not None:
             self.scheduler.step()
 
@@ -367,11 +380,16 @@ class Replica:
 
         Some workers may have had it, so what follows from it is averaged as well.
         """
-        self._recording = segment.record
+        self._recording, self._drifting = segment.record, segment.drift
         self.record(self.x)
         if segment.global_average:
             for memory in (self.x, self.shared_buffers, *self.state.values()):
                 self.mean_(memory)
+            self._set_anchor()
+
+    def _set_anchor(self) -> None:
+        if self.anchor is not None:
+            self.anchor.copy_(self.x)
 
     def regroup(self, comm: Comm, new: Tensor | None) -> None:
         """Go on over `comm`, among other workers than before; `new`, bool [...], have just come.
@@ -396,7 +414,7 @@ class Replica:
     def _memory(self) -> list[Tensor]:
         """All that is each worker's own and has a mean: [..., *]."""
         remembered = self.optimizer.state.get(self.x, {}).values()
-        tensors = [self.x, self.buffers, *self.state.values(), *remembered]
+        tensors = [self.x, self.buffers, self.anchor, *self.state.values(), *remembered]
         return [
             t
             for t in tensors
@@ -429,6 +447,7 @@ class Replica:
         return {
             "x": self.x,
             "buffers": self.buffers,
+            "anchor": self.anchor,
             "counters": self.counters,
             "state": self.state,
             "optimizer": self.optimizer.state_dict(),
@@ -441,6 +460,8 @@ class Replica:
         """Take over a state in place: whoever shares the buffers sees it."""
         self.x.copy_(state["x"])
         self.buffers.copy_(state["buffers"])
+        if self.anchor is not None:
+            self.anchor.copy_(state["anchor"])
         for name, counter in self.counters.items():
             counter.copy_(state["counters"][name])
         device = self.x.device

@@ -34,6 +34,7 @@ TOPOLOGIES = {
     "file": {4: {"file": "topologies/square4.gml"}, 5: {"file": "topologies/house5.gml"}},
 }
 COLUMNS = ["loss", "consensus_distance", "eval_loss"]
+DIAGNOSTICS = ("gradient_square", "sharpness", "hessian", "two_over_lr", "drift")
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +77,13 @@ def assert_equal(sim, launched, rtol, atol, until=None):
         sim, launched = sim[sim.step <= until], launched[launched.step <= until]
     assert len(sim) == len(launched) > 0
     exact = [c for c in sim.columns if c not in (*COLUMNS, "time_s", "sim_time_s")]
+    exact = [c for c in exact if not c.startswith(DIAGNOSTICS)]
     for column in exact:
         if not column.startswith("eval_accuracy"):
             assert list(sim[column]) == list(launched[column]), column
     np.testing.assert_allclose(sim.sim_time_s, launched.sim_time_s, rtol=1e-12)
-    for column in COLUMNS:
+    figures = [c for c in sim.columns if c.startswith(DIAGNOSTICS)]
+    for column in [*COLUMNS, *figures]:
         a, b = sim[column].dropna(), launched[column].dropna()
         np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, err_msg=column)
 
@@ -240,9 +243,17 @@ def test_engines_agree_on_models_with_buffers(cluster, tmp_path, monkeypatch, bu
         "topology": {"name": "path"},
         "network": {"compute_ms": 1},
         "record": {"every": 3, "evaluate_every": 6},
+        "diagnostics": {
+            "every": 6,
+            "gradient_norms": {"batches": 3},
+            "sharpness": {},
+            "trace": {"vectors": 3},
+            "drift": True,
+        },
     }
     results = [decentral.run(config, engine=e) for e in ("sim", "ray")]
     assert_equal(*(r.metrics for r in results), rtol=1e-9, atol=1e-13)
+    assert results[1].metrics.filter(regex="^(sharpness|drift)").notna().sum().min() == 2
     sim, launched = (r.model.state_dict() for r in results)
     assert sim["1.running_mean"].abs().max() > 0.01  # the statistics did move
     for name, value in sim.items():

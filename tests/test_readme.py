@@ -93,6 +93,17 @@ def test_the_commands_run(arguments, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_can_be_diagnosed(tmp_path):
+    run, connect = decentral_commands("decentral connectivity")
+    folder = str(tmp_path / "diagnosed")
+    run_command(
+        [*run[:-1], folder, "steps=10", "diagnostics.every=10", "checkpoint.every=10"], ROOT
+    )
+    assert connect[1] == run[-1]
+    assert "barrier" in run_command([connect[0], folder, *connect[2:]], ROOT)
+
+
+@pytest.mark.slow
 def test_a_run_can_be_watched(tmp_path):
     run, watch = decentral_commands("decentral watch")
     folder = str(tmp_path / "watched")

@@ -87,6 +87,11 @@ class Engine(Protocol):
         `eval_accuracy_workers`, the mean of the workers' own models."""
         ...
 
+    def diagnose(self, step: int) -> dict[str, float]:
+        """The figures of the averaged model that config.diagnostics asks for, by their columns;
+        `step` steps are finished."""
+        ...
+
     def average_model(self) -> dict[str, Tensor]:
         """The state_dict of the averaged model, on the CPU."""
         ...

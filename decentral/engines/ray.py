@@ -99,13 +99,14 @@ class RayEngine:
             return self._joined(reports)
         what = self._told(lost, failures, segment)
         if failures:
-            sound = [o.report.deviation for o in outcomes.values() if o.failure is None]
+            sound = [o.report for o in outcomes.values() if o.failure is None]
             reports = self._caught_up(reports, segment, lost)
             if reports:
                 joined = self._joined(reports)
                 report = replace(
                     joined,
-                    deviation=_concatenated(sound),
+                    deviation=_concatenated([r.deviation for r in sound]),
+                    drift=_concatenated([r.drift for r in sound]),
                     moved=None,
                     gradient_square=None,
                     variance=None,
@@ -128,6 +129,7 @@ class RayEngine:
             record=False,
             watch=False,
             measure=False,
+            drift=False,
         )
         behind = {
             worker: self._actors[worker].run.remote(replace(alone, start=report.stop))
@@ -229,6 +231,12 @@ class RayEngine:
                 np.mean([v["eval_accuracy_workers"] for v in values.values()])
             )
         return result
+
+    def diagnose(self, step: int) -> dict[str, float]:
+        self._all("average")
+        # Without the others, whose answers would set a deadline: it computes as long as it takes.
+        first = self.members[0]
+        return self._get(first, self._actors[first].diagnose.remote(step))
 
     def average_model(self) -> dict[str, Tensor]:
         return self._all("average_model")[self.members[0]]
@@ -460,6 +468,7 @@ class RayEngine:
             moved=_concatenated([r.moved for r in reports]),
             gradient_square=_concatenated([r.gradient_square for r in reports]),
             variance=_concatenated([r.variance for r in reports]),
+            drift=_concatenated([r.drift for r in reports]),
             compute_s=_concatenated([r.compute_s for r in reports]),
             wait_s=_concatenated([r.wait_s for r in reports]),
             bytes_sent=sum(self._bytes.values()),

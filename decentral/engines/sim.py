@@ -10,6 +10,7 @@ from torch import Tensor
 
 from decentral.asynchronous import AsynchronousRule, StackedReplicas
 from decentral.comm import StackedComm, consecutive_groups
+from decentral.diagnostics.figures import diagnostics_of
 from decentral.evaluation import averaged_buffers, evaluate, evaluate_each
 from decentral.experiment import Experiment
 from decentral.gradients import FlatModel, StackedGradient
@@ -28,6 +29,7 @@ class Simulator:
         self._model = FlatModel(
             copy.deepcopy(experiment.task.model), experiment.dtype, experiment.config.sim.device
         )
+        self._diagnostics = diagnostics_of(experiment, experiment.config.sim.device)
         self._writing: Writing | None = None
         self._members = tuple(range(experiment.config.workers))
         self.replica = self._replicas()
@@ -55,6 +57,7 @@ class Simulator:
                 experiment.make_optimizer,
                 experiment.make_scheduler,
                 average_buffers=config.buffers == "average",
+                watches_drift=experiment.watches_drift,
             )
         workers = torch.tensor(self.members, device=config.sim.device)
         return experiment.replica(gradient, comm, workers)
@@ -109,6 +112,10 @@ class Simulator:
             assert each is not None
             values["eval_accuracy_workers"] = each.mean().item()
         return values
+
+    def diagnose(self, step: int) -> dict[str, float]:
+        assert self._diagnostics is not None, "asked for"
+        return self._diagnostics.of(step, *self._mean())
 
     def average_model(self) -> dict[str, Tensor]:
         first = {name: counter[0] for name, counter in self.replica.counters.items()}

@@ -24,6 +24,7 @@ from decentral.asynchronous import AsynchronousRule
 from decentral.asynchronous_peer import PeerReplica
 from decentral.comm import consecutive_groups
 from decentral.config import Config
+from decentral.diagnostics.figures import diagnostics_of
 from decentral.errors import StepError
 from decentral.evaluation import averaged_buffers, evaluate
 from decentral.experiment import build
@@ -105,6 +106,8 @@ class Worker:
         self.device = device
         self._backend = config.ray.backend
         self._model = FlatModel(self._experiment.task.model, self._experiment.dtype, device)
+        self._diagnostics = diagnostics_of(self._experiment, device)
+        self._averaged: tuple[Tensor, Tensor] | None = None
         self._store: dist.TCPStore | None = None
         self._replica: Replica | PeerReplica | None = None
         self._writing: Writing | None = None
@@ -206,6 +209,7 @@ class Worker:
                 matchings=experiment.matchings,
                 store=self._store,
                 average_buffers=experiment.config.buffers == "average",
+                watches_drift=experiment.watches_drift,
             )
         number = torch.tensor(self._number, device=self.device)
         return experiment.replica(self._gradient, comm, number)
@@ -261,6 +265,18 @@ class Worker:
             assert own.accuracy is not None
             values["eval_accuracy_workers"] = own.accuracy
         return values
+
+    def average(self) -> None:
+        """Take the averaged model on the first member, for `diagnose`; all must call it."""
+        averaged = self._mean()
+        self._averaged = averaged if self._is_first else None
+
+    def diagnose(self, step: int) -> dict[str, float]:
+        """The figures of the averaged model that `average` has left here."""
+        assert self._averaged is not None, "average comes first"
+        assert self._diagnostics is not None, "asked for"
+        averaged, self._averaged = self._averaged, None
+        return self._diagnostics.of(step, *averaged)
 
     def average_model(self) -> dict[str, Tensor] | None:
         """The averaged model's state_dict from the first member; all must call it."""
