@@ -189,6 +189,21 @@ def test_another_lost_in_the_recovery_starts_it_again(quick):
     assert [failure["step"] for failure in coordinator.failures] == [1]
 
 
+def test_one_that_is_lost_as_it_comes_is_not_told_to_have_come(quick):
+    coordinator, engine = scripted(quick, runs=[([2], 1, False)], min_workers=1)
+    coming, said = [[2]], []
+
+    def ready():
+        if coming:
+            engine._regroups = [[2]]
+        return coming.pop() if coming else []
+
+    engine.ready, engine.prepare, coordinator._say = ready, lambda workers: None, said.append
+    assert [r["workers"] for r in coordinator.run() if r is not None] == [2, 2]
+    assert engine.groups == [([0, 1], []), ([0, 1, 2], [2]), ([0, 1], [])]
+    assert not any("came" in line for line in said)
+
+
 def test_attempts_without_a_step_come_to_an_end(quick):
     coordinator, engine = scripted(quick, runs=[([], 0, False)] * 100)
     with pytest.raises(WorkerError, match=f"{RETRIES} attempts to go on have failed"):
