@@ -101,6 +101,52 @@ def watch(
         raise typer.Exit(130) from None
 
 
+@app.command(epilog="Example: decentral report runs --baseline parallel_sgd")
+def report(
+    directories: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR ...", help="Run directories, or folders of them."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write to; `report` in DIR, or here if several.")
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LABEL",
+            help="What to compare to: a group's label, or a part of one alone; parallel SGD's.",
+        ),
+    ] = None,
+    x: Annotated[
+        str, typer.Option(help="Axis to begin with: step, bytes, time (simulated), wall.")
+    ] = "step",
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMN=NUMBER",
+            help="Report the way there, such as eval_accuracy=0.95; may be repeated.",
+        ),
+    ] = None,
+    figures: Annotated[
+        bool, typer.Option("--figures/--no-figures", help="Draw PNG and SVG files too.")
+    ] = True,
+) -> None:
+    """Compare runs, finished or not: report.html, figures, tables for papers."""
+    from decentral.report import write
+
+    out = out or (directories[0] if len(directories) == 1 else Path()) / "report"
+    page = write(
+        directories,
+        out,
+        baseline=baseline,
+        x=x,
+        targets=target or (),
+        figures=figures,
+        say=_say_on_the_side,
+    )
+    console.print(f"written to {page}", highlight=False, soft_wrap=True)
+
+
 @app.command(epilog="Example: decentral topology random_regular degree=3 -n 16 --period 8")
 def topology(
     words: Annotated[

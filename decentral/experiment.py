@@ -59,7 +59,16 @@ from decentral.optimizers import (
 )
 from decentral.replica import Gradient, Replica
 from decentral.signature import bind, choose
-from decentral.tasks import PARTITIONS, TASKS, Sampler, Task, labels, length
+from decentral.tasks import (
+    PARTITIONS,
+    TASKS,
+    Sampler,
+    Task,
+    known_labels,
+    label_counts,
+    labels,
+    length,
+)
 from decentral.topology import Topology
 
 _METHODS = int.from_bytes(b"methods", "little")  # apart from other uses of the same seed
@@ -114,6 +123,13 @@ class Experiment:
         if self.make_scheduler is not None:
             self.make_scheduler(optimizer)
         return float(optimizer.param_groups[0]["lr"])
+
+    @property
+    def label_counts(self) -> tuple[Tensor, Tensor] | None:
+        """How many samples of which class each worker has, see `tasks.label_counts`; None where the
+        data tells no classes."""
+        classes = known_labels(self.task.train)
+        return None if classes is None else label_counts(classes, self.shards)
 
     def keys(self, workers: Tensor) -> Tensor:
         """See `worker_keys`."""

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from decentral.tasks.digits import digits
 from decentral.tasks.logistic import logistic
 from decentral.tasks.models import MODELS, build_model, seeded
-from decentral.tasks.partition import PARTITIONS, by_class, dirichlet, iid
+from decentral.tasks.partition import PARTITIONS, by_class, dirichlet, iid, label_counts
 from decentral.tasks.quadratic import quadratic
 from decentral.tasks.sampler import Sampler
-from decentral.tasks.task import Data, Task, fetch, labels, length
+from decentral.tasks.task import Data, Task, fetch, known_labels, labels, length
 
 TASKS: dict[str, Callable[..., Task]] = {
     "quadratic": quadratic,
@@ -33,6 +33,8 @@ __all__ = [
     "dirichlet",
     "fetch",
     "iid",
+    "known_labels",
+    "label_counts",
     "labels",
     "length",
     "logistic",

@@ -6,7 +6,7 @@ runs on different splits are comparable. A split is a function of (labels, worke
 `labels` are the class of each sample, int64 [samples].
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from decentral.errors import UserError
+
+MOST_COUNTS = 2**20  # 4 MiB
 
 
 def iid(labels: Tensor, workers: int, seed: int) -> list[Tensor]:
@@ -90,6 +92,16 @@ PARTITIONS: dict[str, Callable[..., list[Tensor]]] = {
     "dirichlet": dirichlet,
     "by_class": by_class,
 }
+
+
+def label_counts(labels: Tensor, shards: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
+    """The classes that occur, int64 [classes], and the samples of each in each shard, int32
+    [workers, classes]; None where that would be more than MOST_COUNTS numbers."""
+    classes, number = torch.unique(labels, return_inverse=True)
+    if len(shards) * len(classes) > MOST_COUNTS:
+        return None
+    counts = [torch.bincount(number[shard], minlength=len(classes)) for shard in shards]
+    return classes, torch.stack(counts).to(torch.int32)
 
 
 def _sizes(samples: int, workers: int) -> np.ndarray:
