@@ -23,8 +23,10 @@ MOST_CLASSES = 30  # as bars beside a worker
 MOST_LINK_LABELS = 48
 MOST_PICTURES = 8
 WIDTH, TALLEST, LOWEST = 640.0, 640.0, 260.0
+TALLER = 420.0  # with histograms, as far as stretching goes
 MARGIN = 52.0
 HISTOGRAM = (46.0, 26.0)
+SPACE = np.array([72.0, 58.0])  # of a histogram with the name below it
 RADIUS = 11.0
 NO_SPLIT = ("task.batch_size", "task.sampling", "task.model")
 LONGEST = 24  # characters of a worker's name
@@ -115,8 +117,10 @@ def picture(groups: Sequence[Group]) -> Picture:
         union = nx.compose(union, graph)
     cables = topologies.read(config.network.file) if config.network.file is not None else union
     classes, counts = run.labels if run.labels is not None else ((), None)
-    places, height = _places(positions(topology))
     drawn = counts is not None and n <= MOST_HISTOGRAMS and counts.shape[1] <= MOST_CLASSES
+    places, height = _places(positions(topology))
+    if drawn:
+        places, height = _apart(places)
     workers = [
         _worker(
             i,
@@ -165,6 +169,31 @@ def _places(found: dict[int, np.ndarray]) -> tuple[np.ndarray, float]:
     pixels = corner + (places - low) * factor
     pixels[:, 1] = height - pixels[:, 1]
     return pixels, height
+
+
+def _apart(places: np.ndarray) -> tuple[np.ndarray, float]:
+    """Workers that would lie on each other, as cities of one region may, moved until none does;
+    and the height of the picture that has room for them."""
+    places = places.copy()
+    flat = np.ptp(places[:, 1])
+    if flat > 0:  # a map of the world is wide, and its rows would lie on each other
+        places[:, 1] *= np.clip((TALLER - 2 * MARGIN) / flat, 1, 1.6)
+    one, other = np.triu_indices(len(places), 1)
+    for _ in range(200):
+        between = places[other] - places[one]
+        short = SPACE - np.abs(between)  # by how much they overlap, across and down
+        if not (overlaps := (short > 0).all(axis=1)).any():
+            break
+        down = short[:, 1] <= short[:, 0]  # the shorter way out
+        push = np.where(np.stack([~down, down], 1), short, 0) * np.where(between < 0, -0.5, 0.5)
+        push[~overlaps] = 0
+        np.add.at(places, one, -0.5 * push)
+        np.add.at(places, other, 0.5 * push)
+        places[:, 0] = places[:, 0].clip(MARGIN, WIDTH - MARGIN)
+    low, high = places[:, 1].min(), places[:, 1].max()
+    height = max(LOWEST, high - low + 2 * MARGIN)
+    places[:, 1] += (height - high - low) / 2
+    return places, float(height)
 
 
 def _worker(
