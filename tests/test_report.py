@@ -189,6 +189,13 @@ def test_a_group_none_of_whose_runs_has_finished_shows_those_it_has(fake, tmp_pa
     assert found.mean.tolist() == [4.0]
 
 
+def test_the_best_group_comes_first_and_one_that_diverged_last(fake, tmp_path):
+    for lr, accuracy in ((0.1, 0.5), (0.2, 0.9), (0.3, None), (0.4, 0.7)):
+        fake(f"lr{lr}", [record(9, 1.0, eval_accuracy=accuracy)], optimizer__lr=lr)
+    labels = [group.label for group in tables.ranked(grouped(tmp_path))]
+    assert labels == ["lr 0.2", "lr 0.4", "lr 0.1", "lr 0.3"]
+
+
 def test_any_column_is_drawn_and_what_is_in_force_where_it_changes(fake, tmp_path):
     rows = [record(5, 4.0, sharpness=3.0, period=4), record(10, 0.1, sharpness=2.5, period=8)]
     fake("a", rows)
@@ -213,7 +220,7 @@ def test_targets_are_reached_or_not(fake, tmp_path):
     assert shown["steps to test accuracy ≥ 0.9"] == "1 of 2 reach it"
 
 
-def five(fake):
+def three_seeds(fake):
     """Gossip SGD against parallel SGD, three seeds each, the differences 1, 2 and 3."""
     for seed, (loss, gain) in enumerate([(10, 1), (20, 2), (30, 3)]):
         fake(f"p{seed}", [record(9, loss)], seed=seed, algorithm={"name": "parallel_sgd"})
@@ -221,10 +228,10 @@ def five(fake):
 
 
 def test_tables_hold_what_the_tests_found(fake, tmp_path):
-    five(fake)
+    three_seeds(fake)
     made = grouped(tmp_path)
     baseline = groups.choose_baseline(made, None)
-    figures = tables.figures(tables.ranked(made, baseline), baseline, {})
+    figures = tables.figures(tables.ranked(made), baseline, {})
     table = tables.differences(figures, figures.main)
     expected = ["gossip_sgd", "+2", "-0.484 to +4.48", "0.074", "0.074", "paired", "5"]
     assert table.rows == [expected]
@@ -328,7 +335,8 @@ def test_what_comes_from_a_run_is_text_and_nothing_else(fake, tmp_path):
 
 def test_the_command_writes_everything(fake, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    five(fake)
+    alone = {key: value for key, value in record(9, 1.0).items() if key != "consensus_distance"}
+    fake("a", [alone])
     with pytest.raises(SystemExit) as ended:
         main(["report", str(tmp_path / "runs"), "--target", "loss=15", "--x", "bytes"])
     assert ended.value.code == 0
@@ -338,8 +346,8 @@ def test_the_command_writes_everything(fake, tmp_path, capsys):
         *("report.html", "table.md", "table.tex", "table.csv", "figures")
     }
     drawn = {path.name for path in (out / "figures").iterdir()}
-    assert {"loss-step.png", "loss-bytes.svg", "consensus_distance-time.png"} <= drawn
-    assert {"topology-1.png", "topology-1.svg"} <= drawn
+    names = ("loss-step", "loss-bytes", "loss-time", "topology-1")
+    assert drawn == {f"{name}.{suffix}" for name in names for suffix in ("png", "svg")}
     assert '"x":"bytes"' in (out / "report.html").read_text()
 
 

@@ -45,9 +45,10 @@ def write(
         noted.append(line)
         say(line)
 
-    made = groups.group(_read([Path(directory) for directory in directories], note), note)
+    read = _read([Path(directory) for directory in directories], note)
+    made = tables.ranked(groups.group(read, note))
     against = groups.choose_baseline(made, baseline)
-    made = tables.ranked(made, against)
+    made.sort(key=lambda group: group is not against)  # it leads, the others stay as they are
     if x not in (known := [axis.name for axis in curves.axes(made)]):
         raise UserError(f"must be {', '.join(known)}; got {x!r}", "--x")
     found = tables.figures(made, against, columns.parse_targets(targets, made))

@@ -166,7 +166,8 @@ def short(value: Any) -> str:
 
 def choose_baseline(groups: Sequence[Group], wanted: str | None) -> Group:
     """The group that the others are compared to: that of the label, or of a part of it that one
-    label alone has; without a wish the first with parallel SGD, else the first.
+    label alone has; without a wish the first with parallel SGD, else the first. `groups` are in
+    order, the best first.
 
     Raises UserError where the wish fits none, or several.
     """

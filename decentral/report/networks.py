@@ -46,7 +46,7 @@ class Worker:
 
 @dataclass(frozen=True)
 class Link:
-    """From (x1, y1) to (x2, y2). label: its bandwidth, empty if not known; arrow: goes one way."""
+    """From (x1, y1) to (x2, y2). label: its bandwidth, at (x, y), or empty; arrow: goes one way."""
 
     x1: float
     y1: float
@@ -54,6 +54,8 @@ class Link:
     y2: float
     thickness: float
     label: str
+    x: float
+    y: float
     arrow: bool
 
 
@@ -233,7 +235,7 @@ def _links(
     known = [value for value in bandwidths.values() if value]
     most = max(known, default=1.0)
     labelled = graph.number_of_edges() <= MOST_LINK_LABELS
-    links = []
+    links, taken = [], []
     for u, v in graph.edges():
         both_ways = not graph.is_directed() or graph.has_edge(v, u)
         if both_ways and graph.is_directed() and u > v:
@@ -247,5 +249,21 @@ def _links(
             end = end - away * radii[v]
         label = f"{bandwidth:g}" if bandwidth and labelled else ""
         x1, y1, x2, y2 = map(float, (*start, *end))
-        links.append(Link(x1, y1, x2, y2, thickness, label, not both_ways))
+        x, y = _free(start, end, places, taken) if label else ((x1 + x2) / 2, (y1 + y2) / 2)
+        links.append(Link(x1, y1, x2, y2, thickness, label, x, y, not both_ways))
     return links
+
+
+def _free(
+    start: np.ndarray, end: np.ndarray, places: np.ndarray, taken: list[np.ndarray]
+) -> tuple[float, float]:
+    """A place for a link's label, near its middle, apart from others, which it joins, and from
+    workers; the middle where there is none."""
+    for along in (0.5, 0.42, 0.58, 0.35, 0.65, 0.28, 0.72, 0.5):
+        place = start + along * (end - start)
+        clear = np.abs(places - place) > np.array([38.0, 27.0])
+        apart = all(np.hypot(*(place - other)) > 20 for other in taken)
+        if clear.any(axis=1).all() and apart:
+            break
+    taken.append(place)
+    return float(place[0]), float(place[1])

@@ -144,8 +144,8 @@ def _picture(picture: Picture) -> "Figure":
         )
         if link.label:
             area.text(
-                (link.x1 + link.x2) / 2,
-                (link.y1 + link.y2) / 2,
+                link.x,
+                link.y,
                 link.label,
                 fontsize=7,
                 ha="center",

@@ -69,18 +69,18 @@ class Figures:
     main: Column
 
 
-def ranked(groups: Sequence[Group], baseline: Group) -> list[Group]:
-    """The baseline, then the others by their mean of the main column, the best first; those without
-    one, as none of their runs has finished, at the end."""
+def ranked(groups: Sequence[Group]) -> list[Group]:
+    """By their mean of the main column, the best first; at the end those without one, as none of
+    their runs has finished, or one has diverged."""
     known = names.measured(groups)
     main = next((name for name in MAIN if name in known), None)
     sign = -1 if main is not None and names.higher_is_better(main) else 1
 
-    def place(group: Group) -> tuple[bool, bool, float, str]:
+    def place(group: Group) -> tuple[bool, float, str]:
         finals = [run.final(main) for run in group.finished] if main is not None else []
         mean = float(np.mean(finals)) if finals else math.nan
         bad = not math.isfinite(mean)
-        return group is not baseline, bad, 0.0 if bad else sign * mean, group.label
+        return bad, 0.0 if bad else sign * mean, group.label
 
     return sorted(groups, key=place)
 
