@@ -31,7 +31,8 @@ def write(
     """Report on the runs at and below some directories; returns the path of `report.html`.
 
     out       gets report.html, table.md, table.tex, table.csv, and figures/ with PNG and SVG files
-    baseline  label, or a part of one label alone, of the group that others are compared to
+    baseline  label, or a part of one label alone, of the group that others are compared to, or
+              the directory of a run in it
     x         the axis the page begins with: step, bytes, time (simulated), or wall
     targets   such as `eval_accuracy=0.95`: steps, bytes and simulated time to it are reported
     figures   whether to draw PNG and SVG files, which takes most of the time

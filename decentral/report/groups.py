@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -166,15 +167,18 @@ def short(value: Any) -> str:
 
 def choose_baseline(groups: Sequence[Group], wanted: str | None) -> Group:
     """The group that the others are compared to: that of the label, or of a part of it that one
-    label alone has; without a wish the first with parallel SGD, else the first. `groups` are in
-    order, the best first.
+    label alone has, or of the run in a directory; without a wish the first with parallel SGD, else
+    the first. `groups` are in order, the best first.
 
     Raises UserError where the wish fits none, or several.
     """
     if wanted is None:
         parallel = [g for g in groups if g.config.get("algorithm.name") == "parallel_sgd"]
         return (parallel or list(groups))[0]
-    fitting = [g for g in groups if g.label == wanted] or [g for g in groups if wanted in g.label]
+    fitting = (
+        [g for g in groups if g.label == wanted or Path(wanted) in [run.path for run in g.runs]]
+        or [g for g in groups if wanted in g.label]
+    )  # fmt: skip
     if len(fitting) != 1:
         labels = "; ".join(g.label for g in (fitting or groups)[:20])
         what = "is a part of several labels" if fitting else "is no label"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from decentral.errors import UserError
 
+_HELD_OUT = int.from_bytes(b"held out", "little")  # apart from other uses of the same seed
 MOST_COUNTS = 2**20  # 4 MiB
 
 
@@ -92,6 +93,22 @@ PARTITIONS: dict[str, Callable[..., list[Tensor]]] = {
     "dirichlet": dirichlet,
     "by_class": by_class,
 }
+
+
+def hold_out(samples: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of a random `fraction` of the samples, at least one, and of the others; sorted.
+
+    Raises UserError where no others are left.
+    """
+    count = max(1, round(fraction * samples))
+    if count >= samples:
+        raise UserError(
+            f"must leave samples to train on; {fraction:g} of {samples} is all of them",
+            "task.validation",
+        )
+    shuffled = np.random.default_rng([seed, _HELD_OUT]).permutation(samples)
+    held_out, rest = _shards([shuffled[:count], shuffled[count:]])
+    return held_out, rest
 
 
 def label_counts(labels: Tensor, shards: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
