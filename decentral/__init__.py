@@ -10,13 +10,33 @@ from decentral.errors import StepError, UserError, WorkerError
 
 if TYPE_CHECKING:
     from decentral.api import Result, resume, run
+    from decentral.sweep.driver import Comparison, compare
     from decentral.tasks import Task
     from decentral.wrapper import wrap
 
 __version__ = "0.1.0"
-__all__ = ["Result", "StepError", "Task", "UserError", "WorkerError", "resume", "run", "wrap"]
+__all__ = [
+    "Comparison",
+    "Result",
+    "StepError",
+    "Task",
+    "UserError",
+    "WorkerError",
+    "compare",
+    "resume",
+    "run",
+    "wrap",
+]
 
-_HOMES = {"Result": "api", "resume": "api", "run": "api", "Task": "tasks", "wrap": "wrapper"}
+_HOMES = {
+    "Comparison": "sweep.driver",
+    "Result": "api",
+    "Task": "tasks",
+    "compare": "sweep.driver",
+    "resume": "api",
+    "run": "api",
+    "wrap": "wrapper",
+}
 
 
 def __getattr__(name: str) -> Any:

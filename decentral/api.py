@@ -138,7 +138,9 @@ def execute(config: Config, out: Path | None, watcher: Watcher, *, resumes: bool
             if checkpoints is not None and resumes:
                 checkpoints.restore(coordinator, engine)
             if directory is not None:
-                rows += directory.start(config, experiment.shards, coordinator.step)
+                rows += directory.start(
+                    config, experiment.shards, coordinator.step, experiment.label_counts
+                )
             loggers.start(coordinator.step)
             watcher.begin(experiment, coordinator.step)
             reached = _run(

@@ -87,6 +87,70 @@ def run(
         raise typer.Exit(130)
 
 
+@app.command(
+    epilog="Example: decentral compare configs/compare/digits.yaml steps=100 compare.seeds=2"
+)
+def compare(
+    words: Words = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory of the sweep; runs/NAME by default. What is done there stays"),
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the sweep in a directory, without its CONFIG.")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Run the points as tasks of this Ray cluster, auto, or local for one of its own.",
+        ),
+    ] = None,
+    figures: Annotated[
+        bool, typer.Option("--figures/--no-figures", help="Draw PNG and SVG files too.")
+    ] = True,
+) -> None:
+    """Run a sweep: a config over a grid of keys and seeds, each point once; report on it.
+
+    The same command goes on with a sweep that was stopped. Exit code 1 if points have failed.
+    """
+    from decentral.config import parse_overrides
+
+    words = words or []
+    config = words.pop(0) if words and "=" not in words[0] else None
+    changes = parse_overrides(words)
+    if (config is None) == (resume is None):
+        raise UserError(
+            "name a config, or a sweep to go on with: decentral compare"
+            " configs/compare/digits.yaml, or decentral compare --resume DIR"
+        )
+    if resume is not None:
+        if out is not None:
+            raise UserError("names the directory: leave --out out", "--resume")
+        if not (resume / "compare.yaml").exists():
+            raise UserError(f"{resume} holds no sweep: it has no compare.yaml", "--resume")
+        config, out = str(resume / "compare.yaml"), resume
+    if ray is not None:
+        changes |= {"compare.on": "ray", "ray.address": None if ray == "local" else ray}
+    sys.path.insert(0, "")  # a user's own task is looked up in the working directory
+    from decentral.sweep import driver, show
+
+    assert config is not None
+    try:
+        comparison = driver.compare(config, out=out, observer=show.Terminal(console), **changes)
+    except KeyboardInterrupt:
+        console.print("stopped; what is done stays, and the same command goes on with the rest")
+        raise typer.Exit(130) from None
+    if len(comparison.failed) < len(comparison.table):
+        console.print(show.results_table(comparison))
+        page = comparison.report(figures=figures, say=_say_on_the_side)
+        console.print(f"report in {page}", highlight=False, soft_wrap=True)
+    console.print(f"written to {comparison.directory}", highlight=False, soft_wrap=True)
+    if len(comparison.failed):
+        console.print(show.failures_table(comparison))
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Example: decentral watch runs/quickstart")
 def watch(
     directories: Annotated[
@@ -133,6 +197,53 @@ def connectivity(
         print(json.dumps(line.json(), indent=2))
     else:
         console.print(_line_table(line))
+
+
+@app.command(epilog="Example: decentral report runs --baseline parallel_sgd")
+def report(
+    directories: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR ...", help="Run directories, or folders of them."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write to; `report` in DIR, or here if several.")
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LABEL",
+            help="What to compare to: a group's label, or a part of one alone, or the directory of"
+            " a run in it; parallel SGD's.",
+        ),
+    ] = None,
+    x: Annotated[
+        str, typer.Option(help="Axis to begin with: step, bytes, time (simulated), wall.")
+    ] = "step",
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMN=NUMBER",
+            help="Report the way there, such as eval_accuracy=0.95; may be repeated.",
+        ),
+    ] = None,
+    figures: Annotated[
+        bool, typer.Option("--figures/--no-figures", help="Draw PNG and SVG files too.")
+    ] = True,
+) -> None:
+    """Compare runs, finished or not: report.html, figures, tables for papers."""
+    from decentral.report import write
+
+    out = out or (directories[0] if len(directories) == 1 else Path()) / "report"
+    page = write(
+        directories,
+        out,
+        baseline=baseline,
+        x=x,
+        targets=target or (),
+        figures=figures,
+        say=_say_on_the_side,
+    )
+    console.print(f"written to {page}", highlight=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: decentral topology random_regular degree=3 -n 16 --period 8")

@@ -76,9 +76,14 @@ class Partition(_Choice):
 
 
 class TaskConfig(Component):
+    """validation: the fraction of the training samples that nobody trains on, held out before
+    they are split over the workers, to choose by (null: none).
+    """
+
     batch_size: PositiveInt = 32
     partition: Partition | None = None
     sampling: Literal["shuffle", "replacement"] = "shuffle"
+    validation: Annotated[float, Field(gt=0, lt=1)] | None = None
 
 
 class TopologyConfig(_Choice):
@@ -412,12 +417,14 @@ def load(
 
     Raises UserError naming each key at fault, what came, and what is allowed.
     """
-    raw = dict(source) if isinstance(source, Mapping) else _read(Path(source))
+    raw = dict(source) if isinstance(source, Mapping) else read(Path(source))
     raw = _without_nulls(override(raw, overrides or {}))
+    if "compare" in raw:
+        raise UserError("makes this a sweep; run it with decentral compare", "compare")
     _split_workers(raw)
-    _find_graphs(raw, Path() if isinstance(source, Mapping) else Path(source).parent)
+    find_graphs(raw, Path() if isinstance(source, Mapping) else Path(source).parent)
     _fix_checkpoints(raw)
-    _check_keys(raw, Config)
+    check_keys(raw, Config)
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
@@ -475,7 +482,12 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
 
 def dump(config: Config) -> str:
     """The config as YAML, defaults filled in; `load` reads it back to an equal config."""
-    return yaml.dump(config.model_dump(exclude_none=True), Dumper=_Dumper, sort_keys=False)
+    return to_yaml(config.model_dump(exclude_none=True))
+
+
+def to_yaml(raw: Mapping[str, Any]) -> str:
+    """A mapping as `load` and `read` take it."""
+    return yaml.dump(raw, Dumper=_Dumper, sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):
@@ -500,7 +512,8 @@ for _kind in (_Loader, _Dumper):
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, not yet held to any schema. Raises UserError."""
     try:
         with open(path, "rb") as file:
             content = file.read(MOST_BYTES + 1)
@@ -625,7 +638,7 @@ def _split_workers(raw: dict[str, Any]) -> None:
     raw["workers"], raw["min_workers"] = workers["max"], workers["min"]
 
 
-def _find_graphs(raw: dict[str, Any], folder: Path) -> None:
+def find_graphs(raw: dict[str, Any], folder: Path) -> None:
     """Make the paths of graph files absolute: a run may be resumed from elsewhere."""
     for section in (raw.get("topology"), raw.get("network")):
         if not isinstance(section, dict):
@@ -645,14 +658,14 @@ def _fix_checkpoints(raw: dict[str, Any]) -> None:
         section["path"] = str(Path(path).expanduser().absolute())
 
 
-def _check_keys(raw: Mapping[str, Any], schema: type[BaseModel], path: str = "") -> None:
+def check_keys(raw: Mapping[str, Any], schema: type[BaseModel], path: str = "") -> None:
     """Unknown keys, with the nearest known one: pydantic alone cannot say what is allowed."""
     fields = schema.model_fields
     for key, value in raw.items():
         if key in fields:
             section = _section_of(fields[key].annotation)
             if section is not None and isinstance(value, Mapping):
-                _check_keys(value, section, f"{path}{key}.")
+                check_keys(value, section, f"{path}{key}.")
         elif schema.model_config.get("extra") == "forbid":
             close = difflib.get_close_matches(key, fields, n=1)
             hint = f"did you mean {path}{close[0]}? " if close else ""

@@ -25,31 +25,60 @@ PASS = 32_768  # models x samples a pass, about: it bounds the memory of activat
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss over the test set, and accuracy where the task has one."""
+    """Mean loss over the samples, and accuracy where the task has one."""
 
     loss: float
     accuracy: float | None
 
 
-def evaluate(model: FlatModel, task: Task, x: Tensor, buffers: Tensor) -> Evaluation:
-    """Evaluate one model, x [D] and buffers [B]."""
-    losses, accuracies = evaluate_each(model, task, x.unsqueeze(0), buffers.unsqueeze(0))
+def averaged_figures(
+    model: FlatModel, experiment: Experiment, x: Tensor, buffers: Tensor
+) -> dict[str, float]:
+    """What a record says of the averaged model, x [D] and buffers [B].
+
+    `eval_loss` and `eval_accuracy` on the test set, `validation_loss` and `validation_accuracy` on
+    the samples that were held out; each where there is such a set, and an accuracy.
+    """
+    task, held_out = experiment.task, experiment.validation
+    found = {}
+    if task.test is not None:
+        found["eval"] = evaluate(model, task, x, buffers)
+    if held_out is not None:
+        found["validation"] = evaluate(model, task, x, buffers, held_out)
+    figures = {}
+    for name, evaluation in found.items():
+        figures[f"{name}_loss"] = evaluation.loss
+        if evaluation.accuracy is not None:
+            figures[f"{name}_accuracy"] = evaluation.accuracy
+    return figures
+
+
+def evaluate(
+    model: FlatModel, task: Task, x: Tensor, buffers: Tensor, held_out: Tensor | None = None
+) -> Evaluation:
+    """Evaluate one model, x [D] and buffers [B]; see `evaluate_each`."""
+    losses, accuracies = evaluate_each(model, task, x.unsqueeze(0), buffers.unsqueeze(0), held_out)
     return Evaluation(losses[0].item(), None if accuracies is None else accuracies[0].item())
 
 
 def evaluate_each(
-    model: FlatModel, task: Task, x: Tensor, buffers: Tensor
+    model: FlatModel, task: Task, x: Tensor, buffers: Tensor, held_out: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Losses and accuracies, [m] in float64, of m models: x [m, D] and buffers [m, B]."""
-    assert task.test is not None, "a task without a test set has nothing to evaluate"
-    size = length(task.test)
+    """Losses and accuracies, [m] in float64, of m models: x [m, D] and buffers [m, B].
+
+    On the test set, or on the training samples of the indices `held_out` [v].
+    """
+    data = task.test if held_out is None else task.train
+    assert data is not None, "a task without a test set has nothing to evaluate"
+    samples = torch.arange(length(data)) if held_out is None else held_out
+    size = len(samples)
     models = len(x) if model.takes_vmap else 1
     batch = max(BATCH, PASS // models)
     sums = torch.zeros(2, len(x), dtype=torch.float64, device=x.device)  # of loss, of accuracy
     model.module.eval()
     try:
-        for indices in torch.arange(size).split(batch):
-            *inputs, target = model.cast(fetch(task.test, indices))
+        for indices in samples.split(batch):
+            *inputs, target = model.cast(fetch(data, indices))
             for rows in torch.arange(len(x), device=x.device).split(max(1, PASS // len(indices))):
                 figures = _figures(model, task, x[rows], buffers[rows], inputs, target)
                 sums[: len(figures), rows] += figures.to(sums) * len(indices)

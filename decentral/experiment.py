@@ -60,7 +60,17 @@ from decentral.optimizers import (
 )
 from decentral.replica import Gradient, Replica
 from decentral.signature import bind, choose
-from decentral.tasks import PARTITIONS, TASKS, Sampler, Task, labels, length
+from decentral.tasks import (
+    PARTITIONS,
+    TASKS,
+    Sampler,
+    Task,
+    hold_out,
+    known_labels,
+    label_counts,
+    labels,
+    length,
+)
 from decentral.topology import Topology
 
 _METHODS = int.from_bytes(b"methods", "little")  # apart from other uses of the same seed
@@ -81,7 +91,10 @@ def common_key(seed: int) -> Tensor:
 
 @dataclass
 class Experiment:
-    """What a run consists of; `shards` are the workers' indices into `task.train`."""
+    """What a run consists of.
+
+    shards: the workers' indices into `task.train`; validation: those that are held out, or None.
+    """
 
     config: Config
     topology: Topology | None
@@ -92,6 +105,7 @@ class Experiment:
     make_scheduler: MakeScheduler | None
     faults: Faults
     matchings: Matchings | None = None  # of an asynchronous method
+    validation: Tensor | None = None
     _topologies: dict[tuple[int, ...], Topology] = field(default_factory=dict)  # of some workers
     _made: dict[int, Topology] = field(default_factory=dict)  # by name, of so many workers
 
@@ -115,6 +129,13 @@ class Experiment:
         if self.make_scheduler is not None:
             self.make_scheduler(optimizer)
         return float(optimizer.param_groups[0]["lr"])
+
+    @property
+    def label_counts(self) -> tuple[Tensor, Tensor] | None:
+        """How many samples of which class each worker has, see `tasks.label_counts`; None where the
+        data tells no classes."""
+        classes = known_labels(self.task.train)
+        return None if classes is None else label_counts(classes, self.shards)
 
     def keys(self, workers: Tensor) -> Tensor:
         """See `worker_keys`."""
@@ -255,16 +276,18 @@ def build(config: Config, topology: Topology | None = None) -> Experiment:
         if isinstance(algorithm.rule, A2CiD2) and config.workers > 1:
             chi = acceleration(matchings.laplacian(algorithm.rule.exchanges))
             algorithm = replace(algorithm, rule=algorithm.rule.accelerated(*chi))
+    shards, held_out = _split(config, task)
     experiment = Experiment(
         config,
         topology,
         algorithm,
         task,
-        _shards(config, task),
+        shards,
         make_optimizer,
         make_scheduler,
         faults,
         matchings,
+        held_out,
     )
     _try_first_batch(experiment)
     if config.diagnostics is not None and config.diagnostics.curvature:
@@ -618,9 +641,16 @@ def _import(path: str) -> Callable[..., Any]:
     return make
 
 
-def _shards(config: Config, task: Task) -> list[Tensor]:
-    partition = config.task.partition
+def _split(config: Config, task: Task) -> tuple[list[Tensor], Tensor | None]:
+    """The workers' shards, and the samples that are held out of them: indices into `task.train`."""
+    partition, fraction = config.task.partition, config.task.validation
     if task.shards is not None:
+        if fraction is not None:
+            raise UserError(
+                f"{config.task.name} gives each worker its own data, of which none can be held"
+                " out; take task.validation away",
+                "task.validation",
+            )
         if partition is not None:
             raise UserError(
                 f"{config.task.name} gives each worker its own data; take task.partition away",
@@ -631,7 +661,7 @@ def _shards(config: Config, task: Task) -> list[Tensor]:
                 f"{config.task.name} has {len(task.shards)} shards for {config.workers} workers",
                 "task.name",
             )
-        return list(task.shards)
+        return list(task.shards), None
     kind = partition.kind if partition is not None else "iid"
     split = choose(PARTITIONS, kind, "task.partition.kind", "partition")
     given = ("labels", "workers", "seed")
@@ -639,7 +669,11 @@ def _shards(config: Config, task: Task) -> list[Tensor]:
     bound = bind(split, options, "task.partition", given=given, name=kind, beside=("kind",))
     # Only iid can do without classes, which not every data set has.
     classes = labels(task.train) if kind != "iid" else torch.zeros(length(task.train))
-    return split(classes, config.workers, config.seed, **bound)
+    if fraction is None:
+        return split(classes, config.workers, config.seed, **bound), None
+    held_out, rest = hold_out(len(classes), fraction, config.seed)
+    shards = split(classes[rest], config.workers, config.seed, **bound)
+    return [rest[shard] for shard in shards], held_out
 
 
 def _try_first_batch(experiment: Experiment) -> None:

@@ -2,6 +2,8 @@
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -137,6 +139,19 @@ class Terminal(Watcher):
             raise KeyboardInterrupt
         self._stop = True
         self.say("stopping after this segment; Ctrl-C again stops at once")
+
+
+@contextmanager
+def deaf_to_interrupts() -> Iterator[None]:
+    """Processes begun meanwhile leave Ctrl-C to this one; they inherit it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's, and so is what they interrupt
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def say(console: Console, line: str) -> None:

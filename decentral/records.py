@@ -58,9 +58,16 @@ class RunDirectory:
         self.started = False
         self._metrics: IO[str] | None = None
 
-    def start(self, config: Config, shards: "Sequence[Tensor]", step: int) -> list[Record]:
+    def start(
+        self,
+        config: Config,
+        shards: "Sequence[Tensor]",
+        step: int,
+        labels: "tuple[Tensor, Tensor] | None" = None,
+    ) -> list[Record]:
         """Write the resolved config and the split, and open the metrics after step `step`.
 
+        labels: the classes and how many samples of each every worker has, where that is known.
         Returns the records up to there: none for a new run. Later ones, of a run that went on
         beyond its checkpoint, are dropped; they will come again.
         """
@@ -70,8 +77,11 @@ class RunDirectory:
         (self.path / "summary.json").unlink(missing_ok=True)
         write_atomically(self.path / "config.yaml", dump(config).encode())
         sizes = np.array([len(shard) for shard in shards])
+        split = {"indices": np.concatenate(shards), "sizes": sizes}
+        if labels is not None:
+            split["classes"], split["label_counts"] = (part.numpy() for part in labels)
         with _atomic(self.path / "split.npz") as file:
-            np.savez(file, indices=np.concatenate(shards), sizes=sizes)
+            np.savez(file, allow_pickle=False, **split)
         metrics = self.path / "metrics.jsonl"
         rows = [row for row in read(metrics) if row["step"] <= step] if step else []
         write_atomically(metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -53,17 +53,11 @@ def test_help_lists_the_commands(command, capsys):
     assert f" {command} " in call(capsys, "--help")
 
 
-START_RAY = ("measure", "doctor")
+SLOW = ("measure", "doctor", "compare")  # they start processes
+EXAMPLES = [pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in COMMANDS]
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "",
-        *(c for c in COMMANDS if c not in START_RAY),
-        *(pytest.param(c, marks=pytest.mark.slow) for c in START_RAY),
-    ],
-)
+@pytest.mark.parametrize("command", ["", *EXAMPLES])
 def test_the_example_of_a_help_works(command, capsys, place):
     """As printed, but for fewer steps; the paths in it are those of the repository."""
     said = " ".join(call(capsys, *command.split(), "--help").split())
@@ -71,8 +65,11 @@ def test_the_example_of_a_help_works(command, capsys, place):
     os.symlink(ROOT / "configs", place / "configs")
     if words[0] == "watch":
         call(capsys, "run", "good.yaml", "steps=2", "--out", "runs/quickstart")
-    few = ["steps=2", "engine=sim"] if words[0] == "run" else []
-    call(capsys, *words, *few)
+    few = {
+        "run": ["steps=2", "engine=sim"],
+        "compare": ["steps=2", "compare.seeds=1", "compare.grid.topology.name=[ring]"],
+    }
+    call(capsys, *words, *few.get(words[0], []))
 
 
 def test_run_prints_plain_lines_and_a_table_where_there_is_no_terminal(place, capsys):

@@ -13,9 +13,12 @@ import decentral
 from decentral import UserError
 from decentral.config import dump, load, parse_overrides
 from decentral.experiment import build
+from decentral.sweep.spec import read_sweep
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+SWEEPS = [path for path in CONFIGS if "compare" in yaml.safe_load(path.read_text())]
+SHIPPED = [path for path in CONFIGS if path not in SWEEPS]
 LEAST = {
     "workers": 2,
     "steps": 5,
@@ -205,6 +208,17 @@ def test_what_is_not_plain_yaml_is_refused(tmp_path, content):
 
 def test_there_are_configs_to_test():
     assert ROOT / "configs/quickstart.yaml" in SHIPPED
+    assert ROOT / "configs/compare/digits.yaml" in SWEEPS
+
+
+def test_every_sweep_begins_with_a_comment_and_its_points_build(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for path in SWEEPS:
+        assert path.read_text().startswith("# ")
+        methods = {point.method: point for point in read_sweep(path).points}
+        assert len(methods) > 1
+        for point in methods.values():
+            build(point.config)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.relative_to(ROOT / "configs").as_posix())

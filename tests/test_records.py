@@ -21,6 +21,7 @@ from decentral.experiment import build
 from decentral.optimizers import LR_SCHEDULES
 from decentral.progress import Watcher
 from decentral.storage import Storage
+from decentral.tasks import labels
 
 RECORD = [
     "step",
@@ -257,7 +258,13 @@ def test_the_saved_split_gives_the_shards_back(quick, tmp_path):
     decentral.run(quick, out=tmp_path, steps=1)
     with np.load(tmp_path / "split.npz", allow_pickle=False) as split:
         shards = np.split(split["indices"], np.cumsum(split["sizes"])[:-1])
-    expected = build(load(quick)).shards
+        classes, counts = split["classes"], split["label_counts"]
+    experiment = build(load(quick))
+    expected = experiment.shards
+    of = labels(experiment.task.train)
+    assert classes.tolist() == list(range(10))
+    for shard, own in zip(expected, counts, strict=True):
+        assert own.tolist() == [int((of[shard] == label).sum()) for label in classes]
     assert len(shards) == len(expected) == 4
     assert len({len(shard) for shard in shards}) > 1  # a skewed split: sizes matter
     for shard, own in zip(shards, expected, strict=True):

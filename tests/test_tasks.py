@@ -13,7 +13,10 @@ from scipy.stats import chi2
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
+import decentral
+from decentral.config import load
 from decentral.errors import UserError
+from decentral.experiment import build
 from decentral.signature import bind
 from decentral.tasks import (
     PARTITIONS,
@@ -611,6 +614,59 @@ def test_by_class_refuses_numbers_that_cannot_be():
     for workers, each in ((4, 2), (4, 11), (50, 3)):
         with pytest.raises(UserError, match=rf"classes_per_worker.*; got {each}"):
             by_class(classes, workers, 0, classes_per_worker=each)
+
+
+class TestValidation:
+    """Samples that are held out of the training data, to choose by."""
+
+    @pytest.mark.parametrize("kind", [{"kind": "iid"}, {"kind": "dirichlet", "alpha": 0.3}])
+    def test_nobody_trains_on_what_is_held_out(self, quick: Any, kind: dict):
+        quick["task"] |= {"validation": 0.2, "partition": kind}
+        experiment = build(load(quick))
+        held_out = experiment.validation
+        assert held_out is not None
+        samples = length(experiment.task.train)
+        assert len(held_out) == round(0.2 * samples)
+        everything = torch.cat([held_out, *experiment.shards])
+        assert sorted(everything.tolist()) == list(range(samples))
+        assert {len(shard) for shard in experiment.shards} <= {287, 288}  # of 1437 - 287
+
+    def test_it_is_a_random_draw_of_the_seed_alone(self, quick: Any):
+        def held_out(**changes: Any) -> list[int]:
+            found = build(load(quick, {"task.validation": 0.2, **changes})).validation
+            assert found is not None
+            return found.tolist()
+
+        assert held_out() == held_out(workers=3, **{"optimizer.lr": 1.0})
+        both = set(held_out()) & set(held_out(seed=1))
+        assert 0.1 < len(both) / 287 < 0.3  # a fifth by chance, with a deviation of 0.02
+
+    def test_records_have_the_averaged_models_figures_on_it(self, quick: Any):
+        quick["task"]["validation"] = 0.2
+        result = decentral.run(quick)
+        experiment = build(result.config)
+        assert experiment.validation is not None
+        *inputs, target = fetch(experiment.task.train, experiment.validation)
+        output = result.model(*(x.double() for x in inputs))
+        final = result.summary["final"]
+        loss = nn.functional.cross_entropy(output, target).item()
+        assert final["validation_loss"] == pytest.approx(loss, rel=1e-12)
+        right = (output.argmax(1) == target).double().mean().item()
+        assert final["validation_accuracy"] == pytest.approx(right, abs=1e-7)
+        assert final["validation_loss"] != pytest.approx(final["eval_loss"], rel=1e-3)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"task": {"name": "quadratic", "validation": 0.1}}, "gives each worker its own data"),
+            ({"task.validation": 1.0}, "less than 1"),
+            ({"task.validation": 0.9999}, "must leave samples to train on"),
+        ],
+    )
+    def test_what_cannot_be_held_out_is_refused(self, quick: Any, changes: Any, message: str):
+        with pytest.raises(UserError, match=message) as refused:
+            build(load(quick, changes))
+        assert refused.value.key == "task.validation"
 
 
 def test_thousands_of_workers_are_split_in_seconds():

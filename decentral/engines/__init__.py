@@ -83,8 +83,8 @@ class Engine(Protocol):
         ...
 
     def evaluate(self) -> dict[str, float]:
-        """`eval_loss` and, where the task has one, `eval_accuracy`, of the averaged model, and
-        `eval_accuracy_workers`, the mean of the workers' own models."""
+        """The `averaged_figures` of evaluation.py, and `eval_accuracy_workers`, the mean of the
+        workers' own models, where the task has an accuracy."""
         ...
 
     def diagnose(self, step: int) -> dict[str, float]:

@@ -26,7 +26,7 @@ from decentral.comm import consecutive_groups
 from decentral.config import Config
 from decentral.diagnostics.figures import diagnostics_of
 from decentral.errors import StepError
-from decentral.evaluation import averaged_buffers, evaluate
+from decentral.evaluation import averaged_buffers, averaged_figures, evaluate
 from decentral.experiment import build
 from decentral.gradients import FlatModel, ModuleGradient
 from decentral.peer import Patience, PeerComm, PeerError, own_group, two_ways
@@ -251,15 +251,12 @@ class Worker:
         return replica.blank()
 
     def evaluate(self) -> dict[str, float]:
-        """Own accuracy, and on the first member loss and accuracy of the averaged model."""
+        """Own accuracy, and on the first member the figures of the averaged model."""
         task = self._experiment.task
         x, buffers = self._mean()
         values = {}
-        if task.test is not None and self._is_first:
-            mean = evaluate(self._model, task, x, buffers)
-            values["eval_loss"] = mean.loss
-            if mean.accuracy is not None:
-                values["eval_accuracy"] = mean.accuracy
+        if self._is_first:
+            values = averaged_figures(self._model, self._experiment, x, buffers)
         if task.test is not None and task.accuracy is not None:
             own = evaluate(self._model, task, self._joined.x, self._joined.buffers)
             assert own.accuracy is not None

@@ -8,9 +8,7 @@ between those who came first.
 import math
 import multiprocessing
 import os
-import signal
 import tempfile
-import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +25,7 @@ from decentral.errors import UserError
 from decentral.experiment import build
 from decentral.plan.candidates import Candidate
 from decentral.plan.estimate import Estimate
+from decentral.progress import deaf_to_interrupts
 from decentral.storage import Storage
 
 FIRST_SHARE = 1 / 16  # of max_steps, of the candidate with the shortest step: the first budget
@@ -293,7 +292,7 @@ class _Runner:
                 yield cls(configs, Path(folder), target, every, lambda js: [_go_on(j) for j in js])
                 return
             context = multiprocessing.get_context("spawn")
-            with _deaf_to_interrupts():
+            with deaf_to_interrupts():
                 pool = context.Pool(jobs, torch.set_num_threads, (1,))  # the others have the cores
             with pool:  # leaving it, by Ctrl-C too, ends the processes
 
@@ -327,19 +326,6 @@ def config_of(
     record = {**base.get("record", {}), "every": every, "evaluate_every": every}
     own = {"steps": steps, "seed": seed, "optimizer": optimizer, "record": record}
     return load({"name": "plan", **base, **own, **candidate.config})
-
-
-@contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Processes begun meanwhile leave Ctrl-C to this one; they inherit it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's, and so is what they interrupt
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _go_on(job: _Job) -> Progress:

@@ -9,10 +9,17 @@ from collections.abc import Callable
 from decentral.tasks.digits import digits
 from decentral.tasks.logistic import logistic
 from decentral.tasks.models import MODELS, build_model, seeded
-from decentral.tasks.partition import PARTITIONS, by_class, dirichlet, iid
+from decentral.tasks.partition import (
+    PARTITIONS,
+    by_class,
+    dirichlet,
+    hold_out,
+    iid,
+    label_counts,
+)
 from decentral.tasks.quadratic import quadratic
 from decentral.tasks.sampler import Sampler
-from decentral.tasks.task import Data, Task, fetch, labels, length
+from decentral.tasks.task import Data, Task, fetch, known_labels, labels, length
 
 TASKS: dict[str, Callable[..., Task]] = {
     "quadratic": quadratic,
@@ -32,7 +39,10 @@ __all__ = [
     "digits",
     "dirichlet",
     "fetch",
+    "hold_out",
     "iid",
+    "known_labels",
+    "label_counts",
     "labels",
     "length",
     "logistic",

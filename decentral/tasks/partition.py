@@ -6,7 +6,7 @@ runs on different splits are comparable. A split is a function of (labels, worke
 `labels` are the class of each sample, int64 [samples].
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from decentral.errors import UserError
+
+_HELD_OUT = int.from_bytes(b"held out", "little")  # apart from other uses of the same seed
+MOST_COUNTS = 2**20  # 4 MiB
 
 
 def iid(labels: Tensor, workers: int, seed: int) -> list[Tensor]:
@@ -90,6 +93,32 @@ PARTITIONS: dict[str, Callable[..., list[Tensor]]] = {
     "dirichlet": dirichlet,
     "by_class": by_class,
 }
+
+
+def hold_out(samples: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of a random `fraction` of the samples, at least one, and of the others; sorted.
+
+    Raises UserError where no others are left.
+    """
+    count = max(1, round(fraction * samples))
+    if count >= samples:
+        raise UserError(
+            f"must leave samples to train on; {fraction:g} of {samples} is all of them",
+            "task.validation",
+        )
+    shuffled = np.random.default_rng([seed, _HELD_OUT]).permutation(samples)
+    held_out, rest = _shards([shuffled[:count], shuffled[count:]])
+    return held_out, rest
+
+
+def label_counts(labels: Tensor, shards: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
+    """The classes that occur, int64 [classes], and the samples of each in each shard, int32
+    [workers, classes]; None where that would be more than MOST_COUNTS numbers."""
+    classes, number = torch.unique(labels, return_inverse=True)
+    if len(shards) * len(classes) > MOST_COUNTS:
+        return None
+    counts = [torch.bincount(number[shard], minlength=len(classes)) for shard in shards]
+    return classes, torch.stack(counts).to(torch.int32)
 
 
 def _sizes(samples: int, workers: int) -> np.ndarray:

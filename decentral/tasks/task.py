@@ -94,18 +94,25 @@ def labels(data: Data) -> Tensor:
 
     Raises UserError where the data tells no classes.
     """
-    tensors = _tensors(data)
-    found = tensors[-1] if tensors is not None else getattr(data, "targets", None)
+    found = known_labels(data)
     if found is not None:
-        found = torch.as_tensor(found)
-        if found.ndim == 1 and _is_integer(found):
-            return found.to("cpu", torch.int64)
+        return found
     raise UserError(
         "a split by class needs one integer class per sample: an integer target of tensors in"
         f" memory, or an attribute `targets` of the Dataset; {type(data).__name__} has neither."
         " Use kind: iid",
         "task.partition.kind",
     )
+
+
+def known_labels(data: Data) -> Tensor | None:
+    """The same, or None where the data tells no classes."""
+    tensors = _tensors(data)
+    found = tensors[-1] if tensors is not None else getattr(data, "targets", None)
+    if found is None:
+        return None
+    found = torch.as_tensor(found)
+    return found.to("cpu", torch.int64) if found.ndim == 1 and _is_integer(found) else None
 
 
 def _as_dataset(data: Data, name: str) -> Dataset[Any]:

@@ -40,16 +40,16 @@ def plot(topology: Topology, path: str | Path) -> None:
             "a picture needs matplotlib, which is not installed; pip install 'decentral[plot]'"
         ) from error
 
-    positions = _positions(topology)
+    places = positions(topology)
     panels = min(topology.period, PANELS)
     columns = min(panels, COLUMNS)
     rows = math.ceil(panels / columns)
-    width, height = _panel_size(positions, panels)
+    width, height = _panel_size(places, panels)
     figure = Figure(figsize=(max(columns * width, 4.5), rows * height + 0.7), layout="constrained")
     FigureCanvasAgg(figure)
     for k in range(panels):
         axes = figure.add_subplot(rows, columns, k + 1)
-        _draw_graph(topology.graph(k), positions, axes)
+        _draw_graph(topology.graph(k), places, axes)
         if panels > 1:
             axes.set_title(f"step {k}", fontsize=10, color=TEXT)
     shown = f", first {PANELS} of {topology.period} graphs" if topology.period > PANELS else ""
@@ -65,7 +65,7 @@ def plot(topology: Topology, path: str | Path) -> None:
         raise UserError(f"cannot write a picture to {path}: {error}; name a .png file") from error
 
 
-def _positions(topology: Topology) -> dict[int, np.ndarray]:
+def positions(topology: Topology) -> dict[int, np.ndarray]:
     """Where each worker stands: node -> array [2], the same in every panel."""
     nodes = topology.graphs[0].nodes
     for across, up in (("lon", "lat"), ("x", "y")):
