@@ -294,7 +294,7 @@ def diagnose(
 
     from decentral.engines.ray import connect
 
-    with connect(config, workers=1):
+    with connect(config, workers=1, logs=False):  # beside --json there is nothing else
         alive, silent = {}, {}
         for node in ray.nodes():
             address = node["NodeManagerAddress"]

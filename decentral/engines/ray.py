@@ -553,10 +553,11 @@ def _start_actor(config: RayConfig, on_cpu: bool) -> Any:
     return make.options(num_cpus=config.cpus_per_worker, num_gpus=gpus, max_restarts=0).remote()
 
 
-def connect(config: RayConfig, workers: int) -> ExitStack:
+def connect(config: RayConfig, workers: int, logs: bool = True) -> ExitStack:
     """Join a cluster, or start a local one: returns what leaves it, or shuts it down, on close.
 
-    A cluster that this process is in already is left as it is.
+    A cluster that this process is in already is left as it is. logs: whether Ray prints, to
+    standard output, what its processes say.
     """
     with ExitStack() as cluster:
         if ray.is_initialized():
@@ -564,7 +565,7 @@ def connect(config: RayConfig, workers: int) -> ExitStack:
         elif config.address is not None:
             try:
                 _reach(config.address)
-                ray.init(address=config.address, logging_level=logging.ERROR)
+                ray.init(address=config.address, logging_level=logging.ERROR, log_to_driver=logs)
             except (OSError, ValueError, RayError) as error:
                 raise UserError(
                     f"cannot join a Ray cluster at {config.address!r} ({error}); start one with"
@@ -597,6 +598,7 @@ def start_cluster(cpus: int) -> None:
                     num_cpus=cpus,
                     include_dashboard=False,
                     logging_level=logging.ERROR,
+                    log_to_driver=logs,
                     object_store_memory=128 * 2**20,
                 )
             return
