@@ -280,8 +280,9 @@ class PeerComm:
         length = max((message.numel() for message in (*out.values(), *into.values())), default=0)
         cuts = [length * k // pieces for k in range(pieces + 1)]
         parts = [slice(*ends) for ends in itertools.pairwise(cuts)]
-        # Receives first: a message that finds its buffer waiting needs no copy. And a piece to, or
-        # of, each peer before the next pieces: all are served alike.
+        # Receives first: gloo tells the other end of a receive in one queue with what it sends, and
+        # behind a large message the two directions would go one after the other. And a piece to,
+        # or of, each peer before the next pieces: all are served alike.
         coming = [(peer, part) for part in parts for peer in into]
         going = [(peer, part) for part in parts for peer in out]
         operations = [
