@@ -578,12 +578,13 @@ def connect(config: RayConfig, workers: int, logs: bool = True) -> ExitStack:
         else:
             cluster.enter_context(_token())
             # More logical CPUs than there are: a laptop may hold more workers than it has cores.
-            start_cluster(max(os.cpu_count() or 1, math.ceil(workers * config.cpus_per_worker)))
+            cpus = max(os.cpu_count() or 1, math.ceil(workers * config.cpus_per_worker))
+            start_cluster(cpus, logs)
             cluster.callback(ray.shutdown)
         return cluster.pop_all()
 
 
-def start_cluster(cpus: int) -> None:
+def start_cluster(cpus: int, logs: bool = True) -> None:
     """Start a cluster on this machine's loopback interface alone, and join it.
 
     Raises WorkerError if it does not come up. Ray waits 30 s for its processes, which is not long
