@@ -334,6 +334,7 @@ def test_what_comes_from_a_run_is_text_and_nothing_else(fake, tmp_path):
     assert r"\textless{}/script\textgreater{}" in latex
 
 
+@pytest.mark.slow
 def test_the_command_writes_everything(fake, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     fake("a", [record(9, 1.0)])
