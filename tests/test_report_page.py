@@ -56,6 +56,8 @@ def sweep(quick, tmp_path):
                     "bytes_sent": step * (1000 + place),
                     "sim_time_s": step * 0.01,
                     "time_s": 1.0,
+                    "lr": 0.1,
+                    "workers": 4,
                     "eval_accuracy": 1 - math.exp(-step / 30) / (1 + seed),
                     HOSTILE: 1.0 + step,
                 }
