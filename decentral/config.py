@@ -28,6 +28,7 @@ from decentral.signature import validation_error
 
 MOST_WORKERS = 100_000
 MOST_BATCHES = 1_000_000  # a step
+MOST_READERS = 256  # of a worker
 # Beyond these nothing is a config; but aliases of YAML can multiply a few lines to as many.
 MOST_BYTES = 2**18
 MOST_VALUES = 100_000
@@ -111,14 +112,12 @@ class GradientConfig(_Section):
 
     clip_norm: the norm that it is scaled down to where it is longer (null: never). accumulate:
     the batches of task.batch_size whose mean makes one step. autocast: the precision of products
-    in forward and backward pass (null: the run's dtype). compile: the model by torch.compile, on
-    a worker of a cluster.
+    in forward and backward pass (null: the run's dtype).
     """
 
     clip_norm: Positive | None = None
     accumulate: Annotated[int, Field(gt=0, le=MOST_BATCHES)] = 1
     autocast: Literal["bfloat16"] | None = None
-    compile: bool = False
 
 
 class ScaleConfig(_Section):
@@ -264,13 +263,16 @@ class RayConfig(_Section):
     that names the cluster's nodes; or ranks as Ray starts the workers.
 
     gpus_per_worker: a fraction for workers that share a GPU. cpu_workers: so many of the workers
-    have none, where the others have gpus_per_worker.
+    have none, where the others have gpus_per_worker. compile: the model by torch.compile. readers:
+    processes of each worker that read its batches ahead.
     """
 
     address: str | None = None
     cpus_per_worker: Positive = 1.0
     gpus_per_worker: NonNegative = 0.0
     cpu_workers: Count = 0
+    compile: bool = False
+    readers: Annotated[int, Field(ge=0, le=MOST_READERS)] = 0
     placement: Literal["neighbours", "rank"] = "neighbours"
     timeout_s: Positive = 300.0
     patience: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 10.0

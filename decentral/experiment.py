@@ -424,12 +424,6 @@ def _check_gradient(config: Config, algorithm: Algorithm) -> None:
             f" dtype is {config.dtype}. Set dtype=float32, or gradient.autocast=null",
             "gradient.autocast",
         )
-    if config.gradient.compile and config.engine == "sim":
-        raise UserError(
-            "the simulator takes all workers' models in one pass, which is not the model that"
-            " torch.compile compiles; set gradient.compile=false, or engine=ray",
-            "gradient.compile",
-        )
     if algorithm.evaluations and config.gradient.clip_norm is not None:
         raise UserError(
             f"{name} has no gradient of a worker to clip; set gradient.clip_norm=null",

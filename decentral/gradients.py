@@ -26,7 +26,7 @@ from decentral.batches import Batches
 from decentral.comm import accumulation_dtype
 from decentral.replica import squared_norm
 from decentral.stopwatch import Stopwatch, timed
-from decentral.tasks import Sampler, Task, fetch
+from decentral.tasks import Reader, Sampler, Task, read
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,11 @@ class FlatModel:
     def cast(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """A batch on the model's device; floating-point tensors in its dtype."""
         return tuple(
-            tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+            tensor.to(
+                self.device,
+                self.dtype if tensor.is_floating_point() else None,
+                non_blocking=True,  # from pinned memory, that is
+            )
             for tensor in batch
         )
 
@@ -114,6 +118,8 @@ class FlatModel:
 class ModuleGradient:
     """One worker. The module is trained in place: its parameters and buffers become views.
 
+    compiled: by torch.compile. readers: processes that read batches ahead.
+
     `batches` and `sampler` may be set anew between two steps. Where `measures` is set, a call
     leaves in `variance`, [], the variance of its batches' gradients; it must have two at least.
     `slowdown`, if set, says how many times as long as it takes a call at a step is to last.
@@ -127,10 +133,13 @@ class ModuleGradient:
         clip_norm: float | None = None,
         accumulate: int = 1,
         autocast: str | None = None,
-        compile: bool = False,
+        compiled: bool = False,
+        readers: int = 0,
     ):
-        self._model, self._task, self.sampler = model, task, sampler
-        self._forward = torch.compile(model.module) if compile else model.module
+        self._model, self._task = model, task
+        self._readers = readers
+        self.sampler = sampler
+        self._forward = torch.compile(model.module) if compiled else model.module
         self._clip_norm, self._autocast = clip_norm, autocast
         self.batches, self.measures = Batches(accumulate), False
         self.slowdown: Callable[[int], float] | None = None
@@ -147,6 +156,15 @@ class ModuleGradient:
         for name, view in model.buffers.views(self.buffers).items():
             model.module.get_buffer(name).data = view
         self.counters = model.counters()
+
+    @property
+    def sampler(self) -> Sampler:
+        return self._sampler
+
+    @sampler.setter
+    def sampler(self, sampler: Sampler) -> None:
+        self._sampler = sampler
+        self._read = Reader(self._task.train, sampler, self._readers, self._model.device != "cpu")
 
     @timed
     def __call__(self, step: int) -> Tensor:
@@ -194,7 +212,7 @@ class ModuleGradient:
         return time.perf_counter()
 
     def _loss(self, micro: int) -> Tensor:
-        batch = self._model.cast(fetch(self._task.train, self.sampler.indices(micro)))
+        batch = self._model.cast(self._read(micro))
         *inputs, target = (tensor[0] for tensor in batch)
         seed_generators(self.sampler.seed(micro), self._model.device)
         with lower_precision(self._autocast, self._model.device):
@@ -313,12 +331,18 @@ class StackedGradient:
     ) -> tuple[Tensor, ...]:
         if rows is None:
             assert isinstance(micro, int)
-            indices = self.sampler.indices(micro)
+            drawn = self.sampler.indices(micro), self.sampler.sample_seeds(micro)
         else:
             assert not isinstance(micro, int)
-            drawn = {m: self.sampler.indices(m) for m in sorted(set(micro))}
-            indices = torch.stack([drawn[m][row] for m, row in zip(micro, rows, strict=True)])
-        return self._model.cast(fetch(self._task.train, indices))
+            each = {
+                m: (self.sampler.indices(m), self.sampler.sample_seeds(m))
+                for m in sorted(set(micro))
+            }
+            drawn = tuple(
+                torch.stack([each[m][part][row] for m, row in zip(micro, rows, strict=True)])
+                for part in (0, 1)
+            )
+        return self._model.cast(read(self._task.train, *drawn))
 
     def _losses(
         self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], batch: tuple[Tensor, ...]

@@ -20,7 +20,10 @@ def step_seconds(experiment: Experiment, device: str = "cpu") -> float:
     """
     model = FlatModel(copy.deepcopy(experiment.task.model), experiment.dtype, device)
     options = experiment.config.gradient.model_dump()
-    gradient = ModuleGradient(model, experiment.task, experiment.sampler([0]), **options)
+    compiled = experiment.config.engine == "ray" and experiment.config.ray.compile
+    gradient = ModuleGradient(
+        model, experiment.task, experiment.sampler([0]), **options, compiled=compiled
+    )
     evaluations = experiment.algorithm.evaluations
     x = gradient.parameters
     stepper = experiment.make_optimizer([x])

@@ -389,7 +389,7 @@ def test_a_wrapped_loop_alone_trains_as_a_bare_one():
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="torch.compile needs a C compiler")
 def test_a_worker_whose_model_is_compiled_trains_as_another():
     plain = config_of("local_sgd", "mlp", "float32", workers=1) | WHOLE
-    configs = [plain, plain | {"gradient": {"compile": True}}]
+    configs = [plain, plain | {"ray": {"gpus_per_worker": 1, "compile": True}}]
     ports = [free_port() for _ in configs]
     ((one, other),) = run_on_ranks(1, worked, ports, configs, ["cuda"])
     torch.testing.assert_close(

@@ -7,7 +7,8 @@ import torch
 from decentral import UserError
 from decentral.config import RayConfig, load
 from decentral.engines.ray import _check_resources
-from decentral.engines.worker import Surroundings, Worker
+from decentral.engines.worker import Group, Surroundings, Worker
+from decentral.replica import Averaging, Segment
 
 
 def test_a_worker_takes_its_threads_and_its_timeout_from_the_config(quick):
@@ -27,6 +28,11 @@ def test_a_worker_takes_its_threads_and_its_timeout_from_the_config(quick):
     [
         (RayConfig(cpus_per_worker=2.0), "3 workers x 2 CPU asked, the cluster has 4"),
         (RayConfig(gpus_per_worker=0.5), "3 workers x 0.5 GPU asked, the cluster has 1"),
+        (
+            RayConfig(gpus_per_worker=1, cpu_workers=1, cpus_per_worker=2),
+            "3 workers x 2 CPU asked, the cluster has 4",
+        ),
+        (RayConfig(gpus_per_worker=0.8, cpu_workers=1), "2 workers x 0.8 GPU asked, the cluster"),
     ],
 )
 def test_a_cluster_that_is_too_small_is_refused(config, missing, monkeypatch):
@@ -34,3 +40,48 @@ def test_a_cluster_that_is_too_small_is_refused(config, missing, monkeypatch):
     with pytest.raises(UserError, match=missing):
         _check_resources(config, 3)
     _check_resources(config, 2)
+
+
+def test_a_worker_runs_its_model_compiled_where_it_is_to(quick, monkeypatch):
+    calls = []
+
+    def compiled(module):
+        return lambda *inputs: calls.append(module) or module(*inputs)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    for compiles in (False, True):
+        options = {"workers": 1, "algorithm": {"name": "local_sgd", "period": 1}, "topology": None}
+        config = load(quick, options | {"engine": "ray", "ray.compile": compiles})
+        worker = Worker()
+        worker.build(config, None, 0, Surroundings.here())
+        worker.connect("127.0.0.1", worker.listen("127.0.0.1"), "127.0.0.1", Group((0,), None))
+        try:
+            worker.run(Segment(0, 3, Averaging.NOBODY, True, record=False))
+        finally:
+            worker.leave()
+        assert len(calls) == (3 if compiles else 0)
+
+
+@pytest.mark.parametrize(
+    ("section", "problem"),
+    [
+        ({"cpu_workers": 1}, "set ray.gpus_per_worker"),
+        ({"cpu_workers": 4, "gpus_per_worker": 1}, "must be below workers, which is 4; got 4"),
+        ({"cpu_workers": 1, "gpus_per_worker": 1, "min": 2}, "elastic"),
+    ],
+)
+def test_workers_without_a_gpu_need_some_with_one_beside_them(quick, section, problem):
+    workers = {"min": section.pop("min"), "max": 4} if "min" in section else 4
+    with pytest.raises(UserError, match=rf"^ray\.cpu_workers: .*{problem}"):
+        load(quick, {"ray": section, "workers": workers})
+
+
+def test_all_workers_choose_one_backend():
+    assert RayConfig(gpus_per_worker=1).backend == "nccl"
+    assert RayConfig(gpus_per_worker=2).backend == "nccl"
+    for shared in (
+        RayConfig(),
+        RayConfig(gpus_per_worker=0.5),
+        RayConfig(gpus_per_worker=1, cpu_workers=1),
+    ):
+        assert shared.backend == "gloo"

@@ -45,8 +45,9 @@ class Simulator:
         sampler = experiment.sampler(list(self.members), self.members)
         algorithm = experiment.algorithm
         groups = consecutive_groups(n, algorithm.schedule.groups)
-        options = config.gradient.model_dump(exclude={"compile"})  # refused with this engine
-        gradient = StackedGradient(self._model, experiment.task, sampler, n, **options)
+        gradient = StackedGradient(
+            self._model, experiment.task, sampler, n, **config.gradient.model_dump()
+        )
         mixing = experiment.mixing(experiment.topology_of(self.members), self.members)
         comm = StackedComm(n, mixing, experiment.dtype, config.sim.device, groups)
         if isinstance(algorithm.rule, AsynchronousRule):

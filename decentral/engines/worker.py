@@ -194,8 +194,15 @@ class Worker:
     def _start(self, comm: PeerComm, sampler: Sampler) -> Replica | PeerReplica:
         """The replica, as it is at the start of the run."""
         experiment, algorithm = self._experiment, self._experiment.algorithm
-        options = experiment.config.gradient.model_dump()
-        self._gradient = ModuleGradient(self._model, experiment.task, sampler, **options)
+        config = experiment.config
+        self._gradient = ModuleGradient(
+            self._model,
+            experiment.task,
+            sampler,
+            **config.gradient.model_dump(),
+            compiled=config.ray.compile,
+            readers=config.ray.readers,
+        )
         self._gradient.slowdown = experiment.faults.slowdown_of(self._number)
         if isinstance(algorithm.rule, AsynchronousRule):
             assert experiment.matchings is not None, "set for asynchronous methods"

@@ -18,6 +18,7 @@ from decentral.tasks.partition import (
     label_counts,
 )
 from decentral.tasks.quadratic import quadratic
+from decentral.tasks.reader import Reader, read
 from decentral.tasks.sampler import Sampler
 from decentral.tasks.task import Data, Task, fetch, known_labels, labels, length
 
@@ -32,6 +33,7 @@ __all__ = [
     "PARTITIONS",
     "TASKS",
     "Data",
+    "Reader",
     "Sampler",
     "Task",
     "build_model",
@@ -47,5 +49,6 @@ __all__ = [
     "length",
     "logistic",
     "quadratic",
+    "read",
     "seeded",
 ]

@@ -16,6 +16,7 @@ from decentral.errors import UserError
 # Streams apart from other uses of the same seed.
 _STREAM = int.from_bytes(b"batches", "little")
 _DROPOUT = int.from_bytes(b"dropout", "little")
+_SAMPLES = int.from_bytes(b"samples", "little")
 
 
 class Sampler:
@@ -41,6 +42,7 @@ class Sampler:
         self.batch_size = batch_size
         self._workers = len(workers)
         self._seed = int(hash64(_DROPOUT, seed, workers[0]))
+        self._sample_seeds = hash64(_SAMPLES, seed, torch.tensor(workers))
         # Workers whose shards are equally long are in the same place of the same epoch.
         rows: dict[int, list[int]] = {}
         for row, worker in enumerate(workers):
@@ -60,6 +62,10 @@ class Sampler:
     def seed(self, step: int) -> int:
         """A seed for what else is random at `step`, such as dropout: for the first of `workers`."""
         return (self._seed + step) % 2**63
+
+    def sample_seeds(self, step: int) -> Tensor:
+        """Seeds for what a Dataset draws itself, such as augmentations, int64 [workers]."""
+        return hash64(self._sample_seeds, step)
 
     def indices(self, step: int) -> Tensor:
         """Dataset indices of the batches of `step`, int64 [workers, batch]."""

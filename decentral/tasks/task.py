@@ -83,6 +83,11 @@ def fetch(data: Data, indices: Tensor) -> tuple[Tensor, ...]:
     return tuple(part.reshape((*indices.shape, *part.shape[1:])) for part in parts)
 
 
+def in_memory(data: Data) -> bool:
+    """Whether the data lies in memory as tensors, which `fetch` takes by one gather."""
+    return _tensors(data) is not None
+
+
 def length(data: Data) -> int:
     """The number of samples."""
     tensors = _tensors(data)
