@@ -1,14 +1,17 @@
 """A training loop of one's own is a run: `wrap` gives what the simulator gives, and fits torch."""
 
 import io
+import json
 import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import cast
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -64,8 +67,11 @@ def config_of(quick, method):
     }
 
 
-def own_loop(rank, config):
-    """The loop that somebody would write, on the batches of the run: what it ends with."""
+def own_loop(rank, config, accelerator=None):
+    """The loop that somebody would write, on the batches of the run: what it ends with.
+
+    accelerator: of Hugging Face, where the loop is written with one.
+    """
     experiment = build(load(config))
     task, sampler = experiment.task, experiment.sampler([rank])
     model = task.model.double()
@@ -75,13 +81,16 @@ def own_loop(rank, config):
     options = dict(config["optimizer"])
     options.pop("name")
     optimizer = torch.optim.SGD(model.parameters(), **options)
-    optimizer = decentral.wrap(model, optimizer, config["algorithm"], config["topology"])
+    run = model
+    if accelerator is not None:
+        run = accelerator.prepare_model(model, evaluation_mode=True)
+    optimizer = decentral.wrap(run, optimizer, config["algorithm"], config["topology"])
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [7], gamma=0.5)
     for step in range(config["steps"]):
         inputs, target = (t[0] for t in fetch(task.train, sampler.indices(step)))
         optimizer.zero_grad(set_to_none=step % 2 == 0)
-        loss = task.loss(model(inputs.double()), target)
-        loss.backward()
+        loss = task.loss(run(inputs.double()), target)
+        loss.backward() if accelerator is None else accelerator.backward(loss)
         optimizer.step(loss=loss)
         scheduler.step()
     x = torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -108,6 +117,91 @@ def test_a_loop_of_ones_own_is_the_simulated_run(quick):
         assert {end[2] for end in ends} == {experiment.algorithm.schedule.period}, name
         apart = (x - x.mean(0)).square().sum(1).mean().sqrt()
         assert ends[0][3] == pytest.approx(float(apart), rel=1e-9, abs=1e-12), name
+
+
+# Other people's launchers.
+
+
+LAUNCHED = ("gossip_pga", "gradient_tracking", "local_sgd")
+
+
+def launched_loops(options):
+    """What each process of a launcher does, in the group that is there: its ends, in files."""
+    accelerator = None
+    if options["accelerate"]:
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(cpu=True)
+    rank = dist.get_rank()
+    for config in options["configs"]:
+        x, *_ = own_loop(rank, config, accelerator)
+        np.save(f"{options['folder']}/{config['algorithm']['name']}-{rank}.npy", x)
+
+
+SCRIPT = """import json, sys
+import torch.distributed as dist
+from test_wrapper import launched_loops
+dist.init_process_group("gloo")
+launched_loops(json.loads(sys.argv[1]))
+dist.destroy_process_group()
+"""
+
+
+def torchrun(options):
+    script = Path(options["folder"], "script.py")
+    script.write_text(SCRIPT)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(WORKERS)]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script), json.dumps(options)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parent)),
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def ray_train(options):
+    import ray
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    here = {"PYTHONPATH": str(Path(__file__).parent)}  # the loop is this module's
+    ray.init(
+        num_cpus=WORKERS + 1,
+        include_dashboard=False,
+        object_store_memory=128 * 2**20,
+        runtime_env={"env_vars": here},
+    )
+    try:
+        TorchTrainer(
+            launched_loops,
+            train_loop_config=options,
+            torch_config=TorchConfig(backend="gloo"),
+            scaling_config=ScalingConfig(num_workers=WORKERS),
+            run_config=RunConfig(storage_path=options["folder"]),
+        ).fit()
+    finally:
+        ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # theirs
+@pytest.mark.parametrize("launch", ["torchrun", "accelerate", "ray_train"])
+def test_other_launchers_give_the_simulated_run(quick, tmp_path, launch):
+    for package in {"accelerate": ["accelerate"], "ray_train": ["pyarrow", "requests"]}.get(
+        launch, []
+    ):
+        pytest.importorskip(package, reason=f"{launch} needs {package}, which is not installed")
+    configs = [config_of(quick, method) for method in LAUNCHED]
+    options = {"configs": configs, "folder": str(tmp_path), "accelerate": launch == "accelerate"}
+    ray_train(options) if launch == "ray_train" else torchrun(options)
+    for config in configs:
+        simulator = Simulator(experiment := build(load(config)))
+        list(Coordinator(experiment, simulator).run())
+        name = config["algorithm"]["name"]
+        x = np.stack([np.load(tmp_path / f"{name}-{rank}.npy") for rank in range(WORKERS)])
+        np.testing.assert_allclose(x, simulator.replica.x, rtol=1e-9, atol=1e-11, err_msg=name)
 
 
 # With one worker, the wrapped optimizer is the bare one.
