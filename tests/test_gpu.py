@@ -8,6 +8,7 @@ import importlib.util
 import shutil
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -113,6 +114,11 @@ def simulated(config, device):
     return records, simulator.replica
 
 
+def exact(method):
+    """rtol, atol in float64: the scale of int8 is sent in float32, whose last bit may differ."""
+    return (1e-5, 1e-6) if method == "gossip_sgd" else (1e-9, 1e-12)
+
+
 def assert_same_records(records, expected, rtol, atol):
     assert len(records) == len(expected) == 3
     for ours, theirs in zip(records, expected, strict=True):
@@ -131,7 +137,7 @@ def test_the_simulator_gives_the_same_run_on_a_gpu(method, dtype, task):
     config = config_of(method, task, dtype)
     (on_cpu, cpu), (on_gpu, gpu) = (simulated(config, device) for device in ("cpu", "cuda"))
     assert gpu.x.device.type == "cuda"
-    rtol, atol = (1e-4, 1e-5) if dtype == "float32" else (1e-9, 1e-12)
+    rtol, atol = (1e-4, 1e-5) if dtype == "float32" else exact(method)
     assert_same_records(on_gpu, on_cpu, rtol, atol)
     torch.testing.assert_close(gpu.x.cpu(), cpu.x, rtol=rtol, atol=atol)
     torch.testing.assert_close(gpu.buffers.cpu(), cpu.buffers, rtol=rtol, atol=atol)
@@ -210,15 +216,14 @@ def assert_worked(configs, seen, backend):
         for rank, ends in enumerate(seen):
             own, own_buffers, used = ends[number]
             name = f"{config['algorithm']['name']}, worker {rank}"
-            torch.testing.assert_close(torch.from_numpy(own), x[rank], rtol=1e-9, atol=1e-12)
-            torch.testing.assert_close(
-                torch.from_numpy(own_buffers), buffers[rank], rtol=1e-9, atol=1e-12, msg=name
-            )
+            rtol, atol = exact(config["algorithm"]["name"])
+            for seen_here, expected in ((own, x[rank]), (own_buffers, buffers[rank])):
+                np.testing.assert_allclose(seen_here, expected, rtol, atol, err_msg=name)
             assert used == backend
 
 
 SHARED = {"ray": {"gpus_per_worker": 0.25}}
-MIXED = {"ray": {"gpus_per_worker": 0.5, "cpu_workers": 1}}
+MIXED = {"ray": {"gpus_per_worker": 0.25, "cpu_workers": 1}}
 WHOLE = {"ray": {"gpus_per_worker": 1}}
 
 

@@ -121,7 +121,7 @@ def assert_close(one, other):
     torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("workers", [1, 3, CHUNK_WORKERS_WITH_CONVOLUTIONS + 2])
+@pytest.mark.parametrize("workers", [1, 3, CHUNK_WORKERS_WITH_CONVOLUTIONS["cpu"] + 2])
 @pytest.mark.parametrize("name", MODELS)
 def test_stacked_gradients_are_those_of_each_worker(name, workers):
     """Losses, gradients, running statistics and counters, at parameters that differ."""
@@ -153,7 +153,7 @@ def test_stacked_gradients_are_those_of_each_worker(name, workers):
 @pytest.mark.parametrize("options", [{}, {"accumulate": 3, "clip_norm": 0.05}])
 @pytest.mark.parametrize("name", ["tied and frozen", "normed cnn", "branching"])
 def test_gradients_of_some_workers_each_at_its_own_step(name, options):
-    workers = CHUNK_WORKERS_WITH_CONVOLUTIONS + 3
+    workers = CHUNK_WORKERS_WITH_CONVOLUTIONS["cpu"] + 3
     stacked, _ = gradient_of(name, list(range(workers)), **options)
     generator = torch.Generator().manual_seed(2)
     stacked.parameters += 0.1 * torch.randn(
