@@ -129,7 +129,7 @@ def launched_loops(options):
     """What each process of a launcher does, in the group that is there: its ends, in files."""
     accelerator = None
     if options["accelerate"]:
-        from accelerate import Accelerator
+        from accelerate import Accelerator  # pyright: ignore[reportMissingImports]
 
         accelerator = Accelerator(cpu=True)
     rank = dist.get_rank()
