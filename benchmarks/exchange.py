@@ -98,18 +98,17 @@ def measure(rank: int, floats: int, rounds: int) -> dict[str, list[float]]:
     """On one host: seconds of each kind of exchange until the last rank is done, round by round."""
     from decentral import topology as topologies
     from decentral.mixing import Mixing
-    from decentral.peer import PeerComm, two_ways
+    from decentral.peer import PeerComm
 
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "eth0"
     store = dist.TCPStore("10.77.0.1", PORT, HOSTS, is_master=rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=HOSTS)
-    ways = two_ways()
     x = torch.ones(floats)
     exchanges: dict[str, Callable[[int], object]] = {}
     for name, (topology, _) in TOPOLOGIES.items():
         mixing = Mixing(topologies.build(HOSTS, topology))
-        comm = PeerComm(mixing, ways)
+        comm = PeerComm(mixing)
         exchanges[name] = lambda step, comm=comm: comm.mix(x, step)
         plans = [peers(matrix, rank) for matrix in mixing.matrices]
         for order in TORCHS:

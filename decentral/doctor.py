@@ -31,7 +31,7 @@ from torch.cuda import nccl
 from decentral.config import RayConfig
 from decentral.engines.worker import interface_of, listen, open_store
 from decentral.measure import link, tournament
-from decentral.peer import Patience, PeerComm, two_ways
+from decentral.peer import Patience, PeerComm
 
 PACKAGES = ("torch", "ray", "decentral", "numpy", "networkx")
 REACH_S = 5.0  # to connect: a packet that is lost is sent again after 1 and after 3 seconds
@@ -486,7 +486,7 @@ class Probe:
         dist.distributed_c10d._world.group_count = 0
         try:
             dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timeout)
-            comm = PeerComm(None, two_ways(timeout), patience=Patience(10.0, LINK_S))
+            comm = PeerComm(None, patience=Patience(10.0, LINK_S))
             return link(comm, 1 - rank, "cpu", seconds)
         finally:
             if dist.is_initialized():

@@ -24,7 +24,7 @@ from decentral.config import Config
 from decentral.engines.worker import Worker
 from decentral.errors import UserError
 from decentral.experiment import build
-from decentral.peer import PeerComm, two_ways
+from decentral.peer import PeerComm
 from decentral.topology import Topology
 
 log = logging.getLogger(__name__)
@@ -178,8 +178,7 @@ class _Seen:
 def _look(worker: Worker, rounds: list[Pairs], seconds: float) -> _Seen:
     """Measure as one worker of all, which all do it at the same time."""
     backend, device = dist.get_backend(), worker.device
-    ways = two_ways() if backend == "gloo" else None
-    comm = PeerComm(None, ways, device=device)
+    comm = PeerComm(None, device=device)
     _meet(comm, device)
     steps, began = [worker.step_seconds()], time.perf_counter()
     while time.perf_counter() - began < COMPUTE_S:
@@ -190,7 +189,7 @@ def _look(worker: Worker, rounds: list[Pairs], seconds: float) -> _Seen:
         for u, v in pairs:
             if comm.rank in (u, v):
                 # A door of its own, for it keeps a buffer for each size that it has heard.
-                door = PeerComm(None, ways, device=device)
+                door = PeerComm(None, device=device)
                 found = link(door, u + v - comm.rank, device, seconds)
                 if comm.rank == u:
                     links[u, v] = found

@@ -83,9 +83,10 @@ class PeerComm:
     and from then on the worker is alone. W is I and every mean its own value, so that a step which
     has begun ends as one without averaging.
 
-    A gloo connection between two ranks is half-duplex in practice, so two groups carry the
-    messages: the first of `groups` those to a higher rank, the second those to a lower one. NCCL
-    needs none. Where tensors are on a GPU and the backend is gloo, what is sent and received is
+    Receives are posted before sends: between two ranks gloo announces a receive in the queue of
+    what it sends, so behind a large message the two directions would go one after the other.
+
+    Where tensors are on a GPU and the backend is gloo, what is sent and received is
     staged in pinned host memory. On a GPU a mix takes the memory of one message for each neighbour
     that is heard, and no more: the sum is taken in the first one's.
 
@@ -97,7 +98,6 @@ class PeerComm:
     def __init__(
         self,
         mixing: Mixing | None,
-        ways: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
         own_group: dist.ProcessGroup | None = None,
         patience: Patience | None = None,
         device: str = "cpu",
@@ -111,7 +111,6 @@ class PeerComm:
         self.events: list[Event] = []
         self.history: History = {}  # nothing comes late here
         self.stopwatch = Stopwatch(device)
-        self._up, self._down = ways or (None, None)
         self._own_group = own_group
         self._device = torch.device(device)
         self._on_gpu = self._device.type == "cuda"
@@ -286,12 +285,8 @@ class PeerComm:
         coming = [(peer, part) for part in parts for peer in into]
         going = [(peer, part) for part in parts for peer in out]
         operations = [
-            dist.P2POp(dist.irecv, into[peer].view(-1)[part], peer, self._from(peer))
-            for peer, part in coming
-        ] + [
-            dist.P2POp(dist.isend, out[peer].view(-1)[part], peer, self._to(peer))
-            for peer, part in going
-        ]
+            dist.P2POp(dist.irecv, into[peer].view(-1)[part], peer) for peer, part in coming
+        ] + [dist.P2POp(dist.isend, out[peer].view(-1)[part], peer) for peer, part in going]
         works: list[tuple[int | None, dist.Work]] = []
         peer = None
         try:
@@ -331,18 +326,12 @@ class PeerComm:
 
     def let_go(self) -> None:
         """Drop the process groups, whose connections close only once nobody holds them."""
-        self._up = self._down = self._own_group = None
+        self._own_group = None
 
     def _fail(self, failure: PeerError, cause: Exception) -> None:
         self.failure = failure
         if not self.carries_on:
             raise failure from cause
-
-    def _to(self, peer: int) -> dist.ProcessGroup | None:
-        return self._up if peer > self.rank else self._down
-
-    def _from(self, peer: int) -> dist.ProcessGroup | None:
-        return self._down if peer > self.rank else self._up
 
     @property
     def _stages(self) -> bool:
@@ -380,16 +369,6 @@ class PeerComm:
 
 
 _SENT, _SUM, _SWAPPED = -1, -2, -3  # uses of a buffer, beside the peers
-
-
-def two_ways(
-    timeout: timedelta | None = None,
-) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """A group for messages to higher ranks and one for those to lower; all ranks must call it."""
-    up, down = dist.new_group(timeout=timeout), dist.new_group(timeout=timeout)
-    assert isinstance(up, dist.ProcessGroup)
-    assert isinstance(down, dist.ProcessGroup)
-    return up, down
 
 
 def own_group(

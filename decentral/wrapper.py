@@ -35,7 +35,7 @@ from decentral.experiment import algorithm_of, common_key, topology_of, worker_k
 from decentral.gradients import Layout
 from decentral.mixing import Mixing
 from decentral.optimizers import is_element_wise
-from decentral.peer import Patience, PeerComm, own_group, two_ways
+from decentral.peer import Patience, PeerComm, own_group
 from decentral.replica import Replica, Segment, squared_distance
 from decentral.topology import Topology
 
@@ -79,7 +79,6 @@ def wrap(
     _check_optimizer(optimizer)
     chosen, graph = _method(optimizer, algorithm, options, topology, seed)
     device = next(iter(parameters.values())).device
-    ways = two_ways() if chosen.needs_topology and _on_host(device) else None
     own = own_group(consecutive_groups(dist.get_world_size(), chosen.schedule.groups))
     mixing = None
     if graph is not None:
@@ -88,7 +87,7 @@ def wrap(
             turn_steps=chosen.gossip_period,
             sender_keeps=chosen.rule.requires == "column-stochastic",
         )
-    comm = PeerComm(mixing, ways, own, _Deadline(timeout_s), str(device))
+    comm = PeerComm(mixing, own, _Deadline(timeout_s), str(device))
     gradient = _LeftGradient(model, parameters)
     for tensor in (gradient.parameters, gradient.buffers, *gradient.counters.values()):
         _take_from_first(tensor)

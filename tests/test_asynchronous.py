@@ -450,7 +450,7 @@ def run_on_peer(rank, name):
     import torch.distributed as dist
 
     from decentral.asynchronous_peer import PeerReplica
-    from decentral.peer import PeerComm, two_ways
+    from decentral.peer import PeerComm
 
     problem = OwnSteps(n=4)
 
@@ -472,7 +472,7 @@ def run_on_peer(rank, name):
     replica = PeerReplica(
         Own(),
         rule_of(name),
-        PeerComm(Mixing(topology), two_ways()),
+        PeerComm(Mixing(topology)),
         optimizer("sgd", {"lr": LR}),
         None,
         matchings=Matchings(GRAPH, 0),

@@ -9,7 +9,7 @@ from decentral import peer
 from decentral import topology as topologies
 from decentral.comm import StackedComm, all_reduce_bytes
 from decentral.mixing import Mixing
-from decentral.peer import PeerComm, two_ways
+from decentral.peer import PeerComm
 
 CASES = [
     ("ring", {}),
@@ -34,11 +34,10 @@ def twice(message):
 
 def mix_on_peer(rank, n):
     """Two steps of every case and dtype, and a mean, as this rank sees them."""
-    groups = two_ways()
     seen = {}
     for name, options in CASES:
         for dtype in DTYPES:
-            comm = PeerComm(Mixing(topologies.build(n, name, **options)), groups)
+            comm = PeerComm(Mixing(topologies.build(n, name, **options)))
             x = start(n, dtype)[rank].clone()
             for step in range(2):  # less than a period: circulant matrices commute
                 peer.LEAST_PIECE = (2**20, 8)[step]  # first whole, then in pieces

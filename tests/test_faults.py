@@ -26,7 +26,7 @@ from decentral.experiment import build
 from decentral.faults import Changes, Faults
 from decentral.gradients import FlatModel, ModuleGradient
 from decentral.mixing import Mixing
-from decentral.peer import PeerComm, two_ways
+from decentral.peer import PeerComm
 from decentral.progress import Watcher
 from decentral.topology import GENERATORS, WEIGHTS, Topology
 
@@ -520,10 +520,9 @@ SCRIPTS = {
 
 
 def mix_on_peer(rank, n):
-    ways = two_ways()
     seen = {}
     for name, (graph, script) in SCRIPTS.items():
-        comm = PeerComm(Mixing(topologies.build(n, graph), faults(*script)), ways)
+        comm = PeerComm(Mixing(topologies.build(n, graph), faults(*script)))
         x = torch.arange(n * 3, dtype=torch.float64).view(n, 3)[rank].clone()
         for step in range(6):
             x = comm.mix(x, step)

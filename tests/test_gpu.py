@@ -23,7 +23,7 @@ from decentral.engines.sim import Simulator
 from decentral.engines.worker import Group, Surroundings, Worker
 from decentral.experiment import build
 from decentral.mixing import Mixing
-from decentral.peer import PeerComm, two_ways
+from decentral.peer import PeerComm
 from decentral.replica import Averaging, Segment
 from decentral.wrapper import wrap
 
@@ -287,7 +287,7 @@ def exchanged(rank):
     how far the results are off; pinned or not, the buffers in host memory."""
     x = torch.arange(SIZE, device="cuda", dtype=torch.float32) / SIZE + rank
     topology = topologies.build(dist.get_world_size(), "path")
-    comm = PeerComm(Mixing(topology), two_ways(), device="cuda")
+    comm = PeerComm(Mixing(topology), device="cuda")
     seen = []
     for act in (lambda: comm.mix(x, 0), lambda: comm.mean(x, 0)):
         act()

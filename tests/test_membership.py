@@ -18,7 +18,7 @@ from decentral.config import load
 from decentral.engines.sim import Simulator
 from decentral.experiment import build
 from decentral.mixing import Mixing
-from decentral.peer import Patience, PeerComm, two_ways
+from decentral.peer import Patience, PeerComm
 from decentral.replica import Averaging, Segment, filled, rows_of
 
 LR = 0.1
@@ -300,7 +300,7 @@ def test_the_clock_goes_on_for_those_that_are_left():
 def _cut_off(rank):
     """Three in a ring; 2 does not come to the second exchange."""
     Patience.FLOOR_S = 0.5
-    comm = PeerComm(Mixing(topologies.build(3, "ring")), two_ways())
+    comm = PeerComm(Mixing(topologies.build(3, "ring")))
     x = torch.full((2,), float(rank), dtype=torch.float64)
     first = comm.mix(x, 0)
     if rank == 2:

@@ -29,7 +29,7 @@ from decentral.errors import StepError
 from decentral.evaluation import averaged_buffers, averaged_figures, evaluate
 from decentral.experiment import build
 from decentral.gradients import FlatModel, ModuleGradient
-from decentral.peer import Patience, PeerComm, PeerError, own_group, two_ways
+from decentral.peer import Patience, PeerComm, PeerError, own_group
 from decentral.replica import Replica, Report, Segment, filled
 from decentral.storage import Storage, StorageError, Writing, Written
 from decentral.tasks import Sampler
@@ -142,7 +142,7 @@ class Worker:
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
         os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # so that its waits have deadlines, as gloo's
         try:
-            ways, own = self._open(address, port, group)
+            own = self._open(address, port, group)
         except (RuntimeError, TimeoutError) as error:
             self.leave()
             rank = group.members.index(self._number)
@@ -151,7 +151,7 @@ class Worker:
         experiment = self._experiment
         patience = Patience(experiment.config.ray.patience, self._timeout.total_seconds())
         mixing = experiment.mixing(group.topology, group.members)
-        comm = PeerComm(mixing, ways, own, patience, self.device)
+        comm = PeerComm(mixing, own, patience, self.device)
         self._comm = comm
         sampler = experiment.sampler([self._number], group.members)
         if self._replica is None or not group.again:
@@ -166,10 +166,8 @@ class Worker:
             with self._leaving_if_lost():
                 self._replica.regroup(comm, new if group.new else None)
 
-    def _open(
-        self, address: str, port: int, group: Group
-    ) -> tuple[tuple[dist.ProcessGroup, dist.ProcessGroup] | None, dist.ProcessGroup | None]:
-        """Open the process groups: that of all, and PeerComm's `ways` and `own_group`."""
+    def _open(self, address: str, port: int, group: Group) -> dist.ProcessGroup | None:
+        """Open the process groups: that of all, and PeerComm's `own_group`."""
         algorithm = self._experiment.algorithm
         rank, n = group.members.index(self._number), len(group.members)
         timeout = self._timeout  # others may still be loading
@@ -184,12 +182,11 @@ class Worker:
         dist.init_process_group(
             self._backend, store=self._store, rank=rank, world_size=n, timeout=timeout
         )
-        ways = two_ways(timeout) if self._backend == "gloo" and algorithm.needs_topology else None
         own = own_group(consecutive_groups(n, algorithm.schedule.groups), timeout)
         if self._backend == "nccl":
             # NCCL opens its connections at the first collective; point to point needs them.
             dist.all_reduce(torch.zeros(1, device=self.device))
-        return ways, own
+        return own
 
     def _start(self, comm: PeerComm, sampler: Sampler) -> Replica | PeerReplica:
         """The replica, as it is at the start of the run."""
