@@ -1,0 +1,217 @@
+"""What the site has beside the pages in docs/, made while `mkdocs build` runs.
+
+- the page on topologies, and its pictures, from the table of generators
+- the theory page's picture
+- the config's keys, from the README
+- the pages and files of launch/, benchmarks/ and topologies/, which links lead to
+- formulas as MathML, so that the site loads nothing from elsewhere; a page that would is a warning
+"""
+
+import html
+import inspect
+import logging
+import math
+import os
+import posixpath
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from latex2mathml.converter import convert
+from matplotlib.figure import Figure
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+from decentral import topology as topologies
+from decentral.topology import GENERATORS
+
+log = logging.getLogger("mkdocs.hooks")
+
+ROOT = Path(__file__).parents[1]
+BESIDE = ("launch", "benchmarks", "topologies")  # folders of the repository that are on the site
+SMALL, LARGE = 16, 64  # workers, for the figures of a topology
+SIZES = (8, 16, 32, 64, 128, 256)  # workers, for the picture of the spectral gap
+SHOWN = {
+    "ring": "ring",
+    "torus": "torus",
+    "hypercube": "hypercube",
+    "exponential": "static exponential",
+    "random_regular": "random regular, degree 4",
+}
+# Drawn the same at every build, on no ground, so that both colour schemes can have them.
+STYLE = {"svg.hashsalt": "decentral", "savefig.transparent": True}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add what is not in docs/."""
+    made: dict[str, str | bytes] = {
+        "topology.md": topology_page(),
+        "config.md": config_page((ROOT / "README.md").read_text()),
+        "pictures/gap.svg": gap_picture(),
+    }
+    made |= {f"pictures/{name}.svg": topology_picture(name) for name in GENERATORS}
+    for path, content in made.items():
+        files.append(File.generated(config, path, content=content))
+    for folder in BESIDE:
+        for source in sorted((ROOT / folder).rglob("*")):
+            if source.is_file() and "__pycache__" not in source.parts:
+                path = source.relative_to(ROOT).as_posix()
+                files.append(File.generated(config, path, abs_src_path=str(source)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    return site_links(markdown, page.file.src_uri)
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Formulas, which arithmatex has marked, as MathML."""
+
+    def mathml(match: re.Match[str]) -> str:
+        display = "block" if match["block"] else "inline"
+        latex = html.unescape(match["block"] or match["inline"]).strip()
+        return convert(latex, display=display)
+
+    marked = (
+        r'<div class="arithmatex">\\\[(?P<block>.*?)\\\]</div>'
+        r'|<span class="arithmatex">\\\((?P<inline>.*?)\\\)</span>'
+    )
+    return re.sub(marked, mathml, content, flags=re.DOTALL)
+
+
+def on_post_page(output: str, page: Page, **_: Any) -> str:
+    """Warn, which --strict makes an error, where a reader's browser would ask another host."""
+    for loaded in re.findall(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=\"?http[^\s>]*", output):
+        log.warning("%s loads from elsewhere: %s", page.file.src_uri, loaded)
+    return output
+
+
+def site_links(markdown: str, page: str) -> str:
+    """Links that leave a page's folder, as they are on the site: there docs/ is the root.
+
+    `page` is its path on the site. A README of the repository links to ../docs/clock.md, a page in
+    docs/ to ../benchmarks/README.md.
+    """
+    folder = posixpath.dirname(page)
+    here = folder if page.split("/")[0] in BESIDE else posixpath.join("docs", folder)
+
+    def moved(match: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join(here, match[1]))
+        return "](" + posixpath.relpath(target.removeprefix("docs/"), folder or ".")
+
+    return re.sub(r"\]\((\.\./[^)\s#:]*)", moved, markdown)
+
+
+def config_page(readme: str) -> str:
+    """The README's table of keys, and what follows it on records."""
+    start = readme.index("| key | what it takes |")
+    end = readme.index("The same from Python:")
+    table = readme[start:end].replace("](docs/", "](").rstrip()
+    table, records = table.split("\n\n", 1)
+    return f"""# Config
+
+A config is a YAML file; `key=value` behind it on the command line overrides a key, with dots for
+what is nested, and `key=null` takes an optional one away. Wrong keys, types and values are refused
+before anything starts.
+
+{table}
+
+## Records
+
+{records}
+"""
+
+
+def topology_page() -> str:
+    """A section for each generator: what it is, its options, what it is worth."""
+    rows, sections = [], []
+    for name, generator in GENERATORS.items():
+        small, large = (topologies.describe(topologies.build(n, name)) for n in (SMALL, LARGE))
+        degree = small["degree"]
+        degrees = f"{degree['mean']:.3g}" + (f", at most {degree['max']}" if _uneven(degree) else "")
+        graphs = "" if small["graphs"] == 1 else f"{small['graphs']}"
+        neighbours = small["effective_neighbours"]["gamma_0.9"]
+        rows.append(
+            f"| [{name}](#{name}) | {degrees} | {graphs} | {_share(small['beta'])}"
+            f" | {_share(large['beta'])} | {neighbours:.3g} |"
+        )
+        sections.append(_topology_section(name, generator))
+    return f"""# Topologies
+
+Which worker averages with which. `topology: {{name: ring}}` in a config takes one of these, with its
+options beside the name; a [graph file](topologies/README.md) takes any other. `decentral topology`
+says of each what it is worth on your number of workers, and `--plot` draws it.
+
+W is the mixing matrix: metropolis weights on undirected graphs, uniform ones on directed graphs,
+and a construction's own where it brings some. beta is the share of the disagreement between workers
+that one step of mixing leaves, on average over the graphs of a sequence: 0 is exact averaging.
+Effective neighbours are those whose noise a worker averages, with a memory of ten steps
+([theory](theory.md)).
+
+| topology | neighbours | graphs | beta, {SMALL} workers | beta, {LARGE} workers | effective neighbours |
+|---|---|---|---|---|---|
+{chr(10).join(rows)}
+
+Neighbours, graphs (of a sequence that changes from step to step) and effective neighbours are those
+of {SMALL} workers. The pictures have {SMALL} too.
+
+{chr(10).join(sections)}"""
+
+
+def _topology_section(name: str, generator: Any) -> str:
+    options = [p for p in inspect.signature(generator).parameters.values() if p.name != "n"]
+    listed = ", ".join(f"{p.name}={p.default}" for p in options)
+    # Indented names in a docstring are a list of options.
+    text = re.sub(r"^(\w+)  +(?=\S)", r"- `\1`: ", inspect.getdoc(generator) or "", flags=re.M)
+    text = re.sub(r"((?:^- .*\n?|^ +.*\n?)+)", r"\n\1\n", text, flags=re.M)
+    lines = [f"## {name}", "", text.strip(), ""]
+    if listed:
+        lines += [f"Options: `{listed}`", ""]
+    return "\n".join([*lines, f"![{name} of {SMALL} workers](pictures/{name}.svg){{ width=360 }}", ""])
+
+
+def _uneven(degree: dict[str, float]) -> bool:
+    return degree["min"] != degree["max"]
+
+
+def _share(beta: float) -> str:
+    return "0" if beta == 0 else f"{beta:.4f}"
+
+
+def topology_picture(name: str) -> bytes:
+    """The SVG that `decentral topology NAME -n 16 --plot` draws."""
+    with tempfile.TemporaryDirectory() as folder, matplotlib.rc_context(STYLE):
+        path = Path(folder) / "picture.svg"
+        topologies.plot(topologies.build(SMALL, name), path)
+        return path.read_bytes()
+
+
+def gap_picture() -> bytes:
+    """1 - beta against the number of workers, where each topology has a graph."""
+    with tempfile.TemporaryDirectory() as folder, matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        for name, label in SHOWN.items():
+            gaps = [1 - topologies.beta(topologies.build(n, name)) for n in SIZES]
+            axes.plot(SIZES, gaps, marker="o", ms=4, label=label)
+        n = np.array(SIZES, dtype=float)
+        asymptote = 4 * math.pi**2 / 3 / n**2  # of the ring
+        axes.plot(n, asymptote, ls=":", color="grey", label=r"$4\pi^2/3n^2$")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(SIZES, [str(size) for size in SIZES])
+        axes.set_xlabel("workers n")
+        axes.set_title("spectral gap 1 - β")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+        path = Path(folder) / "picture.svg"
+        figure.savefig(path)
+        return path.read_bytes()
+
+
+# Without a date in the pictures a build is the same as the one before.
+os.environ.setdefault("SOURCE_DATE_EPOCH", "0")

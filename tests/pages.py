@@ -1,0 +1,155 @@
+"""The blocks of code on the pages of documentation, and how tests run them.
+
+A page's blocks run one after the other, in a folder of the page's own: Python shares its names
+from block to block, a block with a title is a file, and what a page shows as output is compared.
+Where a block cannot run, a comment before it says why: <!-- not run: it needs AWS -->.
+"""
+
+import importlib
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from decentral import topology
+from decentral.cli import main
+from decentral.config import load
+from decentral.experiment import build
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "configs/quickstart.yaml"
+NO_CODE = {"", "text", "math"}
+# What is shown where a machine trains a little is true of others but for rounding.
+ROUNDING = {"rel": 0.02, "abs": 1e-4}
+
+_FENCE = re.compile(
+    r"(?:^ *<!-- (?P<mark>[^\n]*?) -->\n\s*?)?"
+    r"^(?P<indent> *)```(?P<language>\w*)(?: title=\"(?P<title>[^\"]*)\")?\n(?P<text>.*?)"
+    r"^(?P=indent)```$",
+    flags=re.DOTALL | re.MULTILINE,
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, the file that its title says it is, and its mark."""
+
+    page: Path
+    line: int
+    language: str
+    title: str | None
+    text: str
+    mark: str
+
+    @property
+    def reason(self) -> str | None:
+        """Why it does not run."""
+        return self.mark.removeprefix("not run: ") if self.mark.startswith("not run: ") else None
+
+    @property
+    def is_output(self) -> bool:
+        """Whether it is what the block before it prints."""
+        return self.mark == "output"
+
+    @property
+    def commands(self) -> list[list[str]]:
+        """The words of each command of a shell block."""
+        lines = self.text.replace("\\\n", " ").splitlines()
+        return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+
+    def __str__(self) -> str:
+        return f"{self.page.name}:{self.line}"
+
+
+def blocks(page: Path) -> list[Block]:
+    """All blocks of a page, in order."""
+    text = page.read_text()
+    return [
+        Block(
+            page,
+            text.count("\n", 0, found.start("language")) + 1,
+            found["language"],
+            found["title"],
+            re.sub(rf"^{found['indent']}", "", found["text"], flags=re.MULTILINE),
+            found["mark"] or "",
+        )
+        for found in _FENCE.finditer(text)
+    ]
+
+
+def run_page(page: Path, folder: Path, monkeypatch: Any, capsys: Any) -> None:
+    """Run the blocks of `page` that are code, in `folder`, where the repository's files are too."""
+    for name in ("configs", "topologies"):
+        (folder / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
+    modules = set(sys.modules)
+    names: dict[str, Any] = {}
+    printed = ""
+    try:
+        for block in blocks(page):
+            if block.is_output:
+                assert_same_output(printed, block)
+            elif block.reason is None and block.language not in NO_CODE:
+                capsys.readouterr()
+                run_block(block, names)
+                printed = capsys.readouterr().out
+    finally:
+        for name in set(sys.modules) - modules:
+            if (folder / f"{name}.py").exists():
+                del sys.modules[name]
+
+
+def run_block(block: Block, names: dict[str, Any]) -> None:
+    """Run one block in the working directory; `names` are those of the page's Python."""
+    if block.title is not None:
+        Path(block.title).write_text(block.text)
+        importlib.invalidate_caches()
+    if block.language == "python" and block.title is not None:
+        importlib.import_module(Path(block.title).stem)
+    elif block.language == "python":
+        exec(compile("\n" * (block.line - 1) + block.text, str(block.page), "exec"), names)
+    elif block.language == "bash":
+        for words in block.commands:
+            assert words[0] == "decentral", f"{block}: runs {words[0]}; mark it as not run, and why"
+            run_command(words[1:])
+    elif block.language == "yaml":
+        # Some keys alone stand for those of a config that has the others.
+        keys = yaml.safe_load(block.text)
+        build(load(keys if "task" in keys else yaml.safe_load(QUICKSTART.read_text()) | keys))
+    elif block.language == "gml":
+        assert block.title is not None, f"{block}: a graph needs a title, its file's name"
+        topology.read(block.title)
+    else:
+        raise AssertionError(f"{block}: nobody runs {block.language}; mark it, and why")
+
+
+def run_command(arguments: list[str]) -> None:
+    """The command line, in this process. A run is short, and in the simulator."""
+    if arguments[0] in ("run", "compare") and "--resume" not in arguments:
+        arguments = [*arguments, "engine=sim", "steps=20"]
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code in (None, 0), arguments
+
+
+def assert_same_output(printed: str, block: Block) -> None:
+    """What was printed is what the page shows, word by word; numbers but for rounding."""
+    shown, words = block.text.split(), printed.split()
+    assert len(shown) == len(words), f"{block} is no longer what is printed:\n{printed}"
+    for one, other in zip(shown, words, strict=True):
+        a, b = _number(one), _number(other)
+        same = one == other if a is None or b is None else b == pytest.approx(a, **ROUNDING)
+        assert same, f"{block} shows {one}, printed is {other}:\n{printed}"
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
