@@ -26,10 +26,9 @@ def load(path: str, key: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        kind = key.partition(".")[0]
         raise UserError(
-            f"cannot import {path!r}: {error}; a {kind} of your own is module:function, with the"
-            " module in the working directory or installed",
+            f"cannot import {path!r}: {error}; one of your own is module:function, with the module"
+            " in the working directory or installed",
             key,
         ) from None
     except Exception as error:

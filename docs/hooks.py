@@ -1,9 +1,9 @@
 """What the site has beside the pages in docs/, made while `mkdocs build` runs.
 
-- the page on topologies, and its pictures, from the table of generators
+- the topologies, with figures and pictures, from the table of generators
 - the theory page's picture
 - the config's keys, from the README
-- the pages and files of launch/, benchmarks/ and topologies/, which links lead to
+- the pages and files of launch/, benchmarks/ and topologies/, to which links lead
 - formulas as MathML, so that the site loads nothing from elsewhere; a page that would is a warning
 """
 
@@ -47,14 +47,9 @@ STYLE = {"svg.hashsalt": "decentral", "savefig.transparent": True}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add what is not in docs/."""
-    made: dict[str, str | bytes] = {
-        "topology.md": topology_page(),
-        "config.md": config_page((ROOT / "README.md").read_text()),
-        "pictures/gap.svg": gap_picture(),
-    }
-    made |= {f"pictures/{name}.svg": topology_picture(name) for name in GENERATORS}
-    for path, content in made.items():
+    """Add the pictures, and the folders beside docs/."""
+    pictures = {f"pictures/{name}.svg": topology_picture(name) for name in GENERATORS}
+    for path, content in {**pictures, "pictures/gap.svg": gap_picture()}.items():
         files.append(File.generated(config, path, content=content))
     for folder in BESIDE:
         for source in sorted((ROOT / folder).rglob("*")):
@@ -65,6 +60,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Put in what a comment in a page stands for, and mend links."""
+    for what, make in MADE.items():
+        comment = f"<!-- made: {what}, by docs/hooks.py -->"
+        if comment in markdown:
+            markdown = markdown.replace(comment, make())
     return site_links(markdown, page.file.src_uri)
 
 
@@ -85,7 +85,8 @@ def on_page_content(content: str, **_: Any) -> str:
 
 def on_post_page(output: str, page: Page, **_: Any) -> str:
     """Warn, which --strict makes an error, where a reader's browser would ask another host."""
-    for loaded in re.findall(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=\"?http[^\s>]*", output):
+    loads = r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=\"?http[^\s>]*"
+    for loaded in re.findall(loads, output):
         log.warning("%s loads from elsewhere: %s", page.file.src_uri, loaded)
     return output
 
@@ -106,80 +107,48 @@ def site_links(markdown: str, page: str) -> str:
     return re.sub(r"\]\((\.\./[^)\s#:]*)", moved, markdown)
 
 
-def config_page(readme: str) -> str:
+def config_keys() -> str:
     """The README's table of keys, and what follows it on records."""
-    start = readme.index("| key | what it takes |")
-    end = readme.index("The same from Python:")
-    table = readme[start:end].replace("](docs/", "](").rstrip()
-    table, records = table.split("\n\n", 1)
-    return f"""# Config
-
-A config is a YAML file; `key=value` behind it on the command line overrides a key, with dots for
-what is nested, and `key=null` takes an optional one away. Wrong keys, types and values are refused
-before anything starts.
-
-{table}
-
-## Records
-
-{records}
-"""
+    readme = (ROOT / "README.md").read_text()
+    text = readme[readme.index("| key | what it takes |") : readme.index("The same from Python:")]
+    table, records = text.replace("](docs/", "](").split("\n\n", 1)
+    return f"{table}\n\n## Records\n\n{records}"
 
 
-def topology_page() -> str:
-    """A section for each generator: what it is, its options, what it is worth."""
-    rows, sections = [], []
-    for name, generator in GENERATORS.items():
+def topology_table() -> str:
+    """A row for each generator: what it is worth."""
+    rows = [
+        "| topology | neighbours | graphs |"
+        f" beta, {SMALL} workers | beta, {LARGE} workers | effective neighbours |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in GENERATORS:
         small, large = (topologies.describe(topologies.build(n, name)) for n in (SMALL, LARGE))
         degree = small["degree"]
-        degrees = f"{degree['mean']:.3g}" + (f", at most {degree['max']}" if _uneven(degree) else "")
-        graphs = "" if small["graphs"] == 1 else f"{small['graphs']}"
-        neighbours = small["effective_neighbours"]["gamma_0.9"]
-        rows.append(
-            f"| [{name}](#{name}) | {degrees} | {graphs} | {_share(small['beta'])}"
-            f" | {_share(large['beta'])} | {neighbours:.3g} |"
-        )
-        sections.append(_topology_section(name, generator))
-    return f"""# Topologies
-
-Which worker averages with which. `topology: {{name: ring}}` in a config takes one of these, with its
-options beside the name; a [graph file](topologies/README.md) takes any other. `decentral topology`
-says of each what it is worth on your number of workers, and `--plot` draws it.
-
-W is the mixing matrix: metropolis weights on undirected graphs, uniform ones on directed graphs,
-and a construction's own where it brings some. beta is the share of the disagreement between workers
-that one step of mixing leaves, on average over the graphs of a sequence: 0 is exact averaging.
-Effective neighbours are those whose noise a worker averages, with a memory of ten steps
-([theory](theory.md)).
-
-| topology | neighbours | graphs | beta, {SMALL} workers | beta, {LARGE} workers | effective neighbours |
-|---|---|---|---|---|---|
-{chr(10).join(rows)}
-
-Neighbours, graphs (of a sequence that changes from step to step) and effective neighbours are those
-of {SMALL} workers. The pictures have {SMALL} too.
-
-{chr(10).join(sections)}"""
+        neighbours = f"{degree['mean']:.3g}"
+        if degree["min"] != degree["max"]:
+            neighbours += f", at most {degree['max']}"
+        graphs = small["graphs"] if small["graphs"] > 1 else ""
+        beta = " | ".join(f"{facts['beta']:.4f}".replace("0.0000", "0") for facts in (small, large))
+        effective = small["effective_neighbours"]["gamma_0.9"]
+        rows.append(f"| [{name}](#{name}) | {neighbours} | {graphs} | {beta} | {effective:.3g} |")
+    return "\n".join(rows)
 
 
-def _topology_section(name: str, generator: Any) -> str:
-    options = [p for p in inspect.signature(generator).parameters.values() if p.name != "n"]
-    listed = ", ".join(f"{p.name}={p.default}" for p in options)
-    # Indented names in a docstring are a list of options.
-    text = re.sub(r"^(\w+)  +(?=\S)", r"- `\1`: ", inspect.getdoc(generator) or "", flags=re.M)
-    text = re.sub(r"((?:^- .*\n?|^ +.*\n?)+)", r"\n\1\n", text, flags=re.M)
-    lines = [f"## {name}", "", text.strip(), ""]
-    if listed:
-        lines += [f"Options: `{listed}`", ""]
-    return "\n".join([*lines, f"![{name} of {SMALL} workers](pictures/{name}.svg){{ width=360 }}", ""])
-
-
-def _uneven(degree: dict[str, float]) -> bool:
-    return degree["min"] != degree["max"]
-
-
-def _share(beta: float) -> str:
-    return "0" if beta == 0 else f"{beta:.4f}"
+def topology_sections() -> str:
+    """A section for each generator: what it says of itself, its options, its picture."""
+    sections = []
+    for name, generator in GENERATORS.items():
+        text = inspect.getdoc(generator) or ""
+        # Names with what they mean, a line each, are a list of options.
+        text = re.sub(r"^(\w+)  +(?=\S)", r"- `\1`: ", text, flags=re.MULTILINE)
+        text = re.sub(r"((?:^- .*\n?|^ +.*\n?)+)", r"\n\1\n", text, flags=re.MULTILINE)
+        options = list(inspect.signature(generator).parameters.values())[1:]  # all but n
+        listed = ", ".join(f"{option.name}={option.default}" for option in options)
+        sections += [f"## {name}", text.strip()]
+        sections += [f"Options: `{listed}`"] if listed else []
+        sections += [f"![{name} of {SMALL} workers](pictures/{name}.svg){{ width=360 }}"]
+    return "\n\n".join(sections)
 
 
 def topology_picture(name: str) -> bytes:
@@ -212,6 +181,13 @@ def gap_picture() -> bytes:
         figure.savefig(path)
         return path.read_bytes()
 
+
+# What a page's comments stand for.
+MADE = {
+    "the table of topologies": topology_table,
+    "a section for each topology": topology_sections,
+    "the README's table of keys, and what it says of records": config_keys,
+}
 
 # Without a date in the pictures a build is the same as the one before.
 os.environ.setdefault("SOURCE_DATE_EPOCH", "0")
