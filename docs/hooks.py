@@ -1,7 +1,7 @@
 """What the site has beside the pages in docs/, made while `mkdocs build` runs.
 
 - the topologies, with figures and pictures, from the table of generators
-- the theory page's picture
+- a picture of the main methods, and one of how fast topologies mix
 - the config's keys, from the README
 - the pages and files of launch/, benchmarks/ and topologies/, to which links lead
 - formulas as MathML, so that the site loads nothing from elsewhere; a page that would is a warning
@@ -9,24 +9,28 @@
 
 import html
 import inspect
+import itertools
 import logging
 import math
 import os
 import posixpath
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from latex2mathml.converter import convert
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from decentral import topology as topologies
+from decentral.algorithms import Averaging, gossip_pga, gossip_sgd, local_sgd
 from decentral.topology import GENERATORS
 
 log = logging.getLogger("mkdocs.hooks")
@@ -38,9 +42,15 @@ SIZES = (8, 16, 32, 64, 128, 256)  # workers, for the picture of the spectral ga
 SHOWN = {
     "ring": "ring",
     "torus": "torus",
-    "hypercube": "hypercube",
     "exponential": "static exponential",
     "random_regular": "random regular, degree 4",
+}
+WORKERS, STEPS = 8, 8  # of the picture of the methods
+METHODS = {
+    "Parallel SGD": None,  # averages gradients, of all, at every step
+    "Local SGD, H = 4": local_sgd(4),
+    "Gossip SGD": gossip_sgd(),
+    "Gossip-PGA, H = 4": gossip_pga(4),
 }
 # Drawn the same at every build, on no ground, so that both colour schemes can have them.
 STYLE = {"svg.hashsalt": "decentral", "savefig.transparent": True}
@@ -49,7 +59,8 @@ STYLE = {"svg.hashsalt": "decentral", "savefig.transparent": True}
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pictures, and the folders beside docs/."""
     pictures = {f"pictures/{name}.svg": topology_picture(name) for name in GENERATORS}
-    for path, content in {**pictures, "pictures/gap.svg": gap_picture()}.items():
+    pictures |= {"pictures/gap.svg": gap_picture(), "pictures/methods.svg": methods_picture()}
+    for path, content in pictures.items():
         files.append(File.generated(config, path, content=content))
     for folder in BESIDE:
         for source in sorted((ROOT / folder).rglob("*")):
@@ -153,32 +164,63 @@ def topology_sections() -> str:
 
 def topology_picture(name: str) -> bytes:
     """The SVG that `decentral topology NAME -n 16 --plot` draws."""
-    with tempfile.TemporaryDirectory() as folder, matplotlib.rc_context(STYLE):
-        path = Path(folder) / "picture.svg"
-        topologies.plot(topologies.build(SMALL, name), path)
-        return path.read_bytes()
+    return _drawn(lambda path: topologies.plot(topologies.build(SMALL, name), path))
 
 
 def gap_picture() -> bytes:
-    """1 - beta against the number of workers, where each topology has a graph."""
+    """1 - beta against the number of workers."""
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for name, label in SHOWN.items():
+        gaps = [1 - topologies.beta(topologies.build(n, name)) for n in SIZES]
+        axes.plot(SIZES, gaps, marker="o", ms=4, label=label)
+    asymptote = 4 * math.pi**2 / 3 / np.array(SIZES, dtype=float) ** 2  # of the ring
+    axes.plot(SIZES, asymptote, ls=":", color="grey", label=r"$4\pi^2/3n^2$")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(SIZES, [str(size) for size in SIZES])
+    axes.set_xlabel("workers n")
+    axes.set_title("spectral gap 1 - β")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    return _drawn(figure.savefig)
+
+
+def methods_picture() -> bytes:
+    """Who averages with whom at each of eight steps: a row a method, eight workers on a circle."""
+    figure = Figure(figsize=(9, 4.2))
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    angles = 2 * math.pi * np.arange(WORKERS) / WORKERS
+    circle = 0.34 * np.stack([np.sin(angles), np.cos(angles)], axis=1)
+    for row, (label, algorithm) in enumerate(METHODS.items()):
+        axes.text(-0.8, -row, label, ha="right", va="center", fontsize=12)
+        for step in range(STEPS):
+            at = circle + np.array([step, -row])
+            everyone = algorithm is None or algorithm.schedule.next_average(step) == step
+            if everyone:
+                pairs = list(itertools.combinations(range(WORKERS), 2))
+            elif algorithm.between is Averaging.NEIGHBOURS:
+                pairs = list(topologies.build(WORKERS, "ring").graph(0).edges)
+            else:
+                pairs = []
+            colour, width = ("#c2410c", 0.7) if everyone else ("#2f6fb0", 1.6)
+            lines = [(at[i], at[j]) for i, j in pairs]
+            axes.add_collection(LineCollection(lines, colors=colour, linewidths=width))
+            axes.scatter(*at.T, s=16, color="#1d2433", zorder=3)
+    for step in range(STEPS):
+        axes.text(step, 0.62, f"step {step + 1}", ha="center", fontsize=10, color="#5b6472")
+    axes.set_xlim(-2.9, STEPS - 0.5)
+    axes.set_ylim(-len(METHODS) + 0.5, 0.85)
+    axes.set_aspect("equal")
+    axes.set_axis_off()
+    return _drawn(figure.savefig)
+
+
+def _drawn(draw: Callable[[Path], Any]) -> bytes:
+    """The SVG that `draw` makes at a path, the same at every build."""
     with tempfile.TemporaryDirectory() as folder, matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-        axes = figure.add_subplot()
-        for name, label in SHOWN.items():
-            gaps = [1 - topologies.beta(topologies.build(n, name)) for n in SIZES]
-            axes.plot(SIZES, gaps, marker="o", ms=4, label=label)
-        n = np.array(SIZES, dtype=float)
-        asymptote = 4 * math.pi**2 / 3 / n**2  # of the ring
-        axes.plot(n, asymptote, ls=":", color="grey", label=r"$4\pi^2/3n^2$")
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xticks(SIZES, [str(size) for size in SIZES])
-        axes.set_xlabel("workers n")
-        axes.set_title("spectral gap 1 - β")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
         path = Path(folder) / "picture.svg"
-        figure.savefig(path)
+        draw(path)
         return path.read_bytes()
 
 

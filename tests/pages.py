@@ -122,9 +122,10 @@ def run_block(block: Block, names: dict[str, Any]) -> None:
             assert words[0] == "decentral", f"{block}: runs {words[0]}; mark it as not run, and why"
             run_command(words[1:])
     elif block.language == "yaml":
-        # Some keys alone stand for those of a config that has the others.
         keys = yaml.safe_load(block.text)
-        build(load(keys if "task" in keys else yaml.safe_load(QUICKSTART.read_text()) | keys))
+        if "task" not in keys:  # some keys, of a config that has the others
+            keys = yaml.safe_load(QUICKSTART.read_text()) | {"engine": "sim"} | keys
+        build(load(keys))
     elif block.language == "gml":
         assert block.title is not None, f"{block}: a graph needs a title, its file's name"
         topology.read(block.title)
