@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import griffe
 import matplotlib
 import numpy as np
 from latex2mathml.converter import convert
@@ -122,7 +123,8 @@ def config_keys() -> str:
     """The README's table of keys, and what follows it on records."""
     readme = (ROOT / "README.md").read_text()
     text = readme[readme.index("| key | what it takes |") : readme.index("The same from Python:")]
-    table, records = text.replace("](docs/", "](").split("\n\n", 1)
+    text = re.sub(r"\[docs/(\w+)\.md\]\(docs/", r"[\1](", text).replace("](docs/", "](")
+    table, records = text.split("\n\n", 1)
     return f"{table}\n\n## Records\n\n{records}"
 
 
@@ -150,16 +152,27 @@ def topology_sections() -> str:
     """A section for each generator: what it says of itself, its options, its picture."""
     sections = []
     for name, generator in GENERATORS.items():
-        text = inspect.getdoc(generator) or ""
-        # Names with what they mean, a line each, are a list of options.
-        text = re.sub(r"^(\w+)  +(?=\S)", r"- `\1`: ", text, flags=re.MULTILINE)
-        text = re.sub(r"((?:^- .*\n?|^ +.*\n?)+)", r"\n\1\n", text, flags=re.MULTILINE)
         options = list(inspect.signature(generator).parameters.values())[1:]  # all but n
         listed = ", ".join(f"{option.name}={option.default}" for option in options)
-        sections += [f"## {name}", text.strip()]
+        sections += [f"## {name}", plain_to_markdown(inspect.getdoc(generator) or "")]
         sections += [f"Options: `{listed}`"] if listed else []
         sections += [f"![{name} of {SMALL} workers](pictures/{name}.svg){{ width=360 }}"]
     return "\n\n".join(sections)
+
+
+def plain_to_markdown(text: str) -> str:
+    """A docstring of this project: a list where a line begins with a name and what it means."""
+    text = re.sub(r"(?<![`*])\*(?=\w)", r"\*", text)  # f(*inputs) is no emphasis
+    text = re.sub(r"^(\w+(?:, \w+)*)(?:: |  +)(?=\S)", r"- `\1`: ", text, flags=re.MULTILINE)
+    return re.sub(r"((?:^- .*\n?(?:^ +.*\n?)*)+)", r"\n\1\n", text, flags=re.MULTILINE).strip()
+
+
+class PlainDocstrings(griffe.Extension):
+    """The same for the page of the API."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring is not None:
+            obj.docstring.value = plain_to_markdown(obj.docstring.value)
 
 
 def topology_picture(name: str) -> bytes:
