@@ -122,10 +122,11 @@ def site_links(markdown: str, page: str) -> str:
 def config_keys() -> str:
     """The README's table of keys, and what follows it on records."""
     readme = (ROOT / "README.md").read_text()
-    text = readme[readme.index("| key | what it takes |") : readme.index("The same from Python:")]
+    start = readme.index("| key | what it takes |")
+    text = readme[start : readme.index("\n```", start)]  # its last paragraph leads on
     text = re.sub(r"\[docs/(\w+)\.md\]\(docs/", r"[\1](", text).replace("](docs/", "](")
-    table, records = text.split("\n\n", 1)
-    return f"{table}\n\n## Records\n\n{records}"
+    table, *records, _ = text.split("\n\n")
+    return "\n\n".join([table, "## Records", *records])
 
 
 def topology_table() -> str:

@@ -20,6 +20,7 @@ from decentral import topology
 from decentral.cli import main
 from decentral.config import load
 from decentral.experiment import build
+from decentral.sweep.spec import read_sweep
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "configs/quickstart.yaml"
@@ -125,7 +126,7 @@ def run_block(block: Block, names: dict[str, Any]) -> None:
         keys = yaml.safe_load(block.text)
         if "task" not in keys:  # some keys, of a config that has the others
             keys = yaml.safe_load(QUICKSTART.read_text()) | {"engine": "sim"} | keys
-        build(load(keys))
+        read_sweep(keys) if "compare" in keys else build(load(keys))
     elif block.language == "gml":
         assert block.title is not None, f"{block}: a graph needs a title, its file's name"
         topology.read(block.title)
@@ -134,9 +135,11 @@ def run_block(block: Block, names: dict[str, Any]) -> None:
 
 
 def run_command(arguments: list[str]) -> None:
-    """The command line, in this process. A run is short, and in the simulator."""
-    if arguments[0] in ("run", "compare") and "--resume" not in arguments:
+    """The command line, in this process. A run is short and in the simulator; no file is drawn."""
+    if arguments[0] == "run" and "--resume" not in arguments:
         arguments = [*arguments, "engine=sim", "steps=20"]
+    if arguments[0] == "report":
+        arguments = [*arguments, "--no-figures"]
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code in (None, 0), arguments
