@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from decentral import topology
 from decentral.cli import main
-from decentral.config import load
+from decentral.config import load, read
 from decentral.experiment import build
 from decentral.sweep.spec import read_sweep
 
@@ -26,9 +25,9 @@ ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "configs/quickstart.yaml"
 NO_CODE = {"", "text", "math"}
 # Figures are the same on all processors, but for rounding, which grows where a model is trained.
-TOLERANCES = {
-    "output": {"rel": 1e-3, "abs": 1e-6},
-    "output, of training": {"rel": 0.1, "abs": 0.02},
+TOLERANCES = {  # relative, absolute
+    "output": (1e-3, 1e-6),
+    "output, of training": (0.1, 0.02),
 }
 
 _FENCE = re.compile(
@@ -123,9 +122,11 @@ def run_block(block: Block, names: dict[str, Any]) -> None:
             assert words[0] == "decentral", f"{block}: runs {words[0]}; mark it as not run, and why"
             run_command(words[1:])
     elif block.language == "yaml":
-        keys = yaml.safe_load(block.text)
+        path = Path(block.title or "block.yaml")
+        path.write_text(block.text)
+        keys = read(path)
         if "task" not in keys:  # some keys, of a config that has the others
-            keys = yaml.safe_load(QUICKSTART.read_text()) | {"engine": "sim"} | keys
+            keys = read(QUICKSTART) | {"engine": "sim"} | keys
         read_sweep(keys) if "compare" in keys else build(load(keys))
     elif block.language == "gml":
         assert block.title is not None, f"{block}: a graph needs a title, its file's name"
@@ -147,11 +148,15 @@ def run_command(arguments: list[str]) -> None:
 
 def assert_same_output(printed: str, block: Block) -> None:
     """What was printed is what the page shows, word by word; numbers but for rounding."""
-    shown, words, tolerance = block.text.split(), printed.split(), TOLERANCES[block.mark]
+    shown, words = block.text.split(), printed.split()
+    relative, absolute = TOLERANCES[block.mark]
     assert len(shown) == len(words), f"{block} is no longer what is printed:\n{printed}"
     for one, other in zip(shown, words, strict=True):
         a, b = _number(one), _number(other)
-        same = one == other if a is None or b is None else b == pytest.approx(a, **tolerance)
+        if a is None or b is None:
+            same = one == other
+        else:
+            same = b == pytest.approx(a, rel=relative, abs=absolute)
         assert same, f"{block} shows {one}, printed is {other}:\n{printed}"
 
 
