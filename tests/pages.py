@@ -139,6 +139,8 @@ def run_command(arguments: list[str]) -> None:
     """The command line, in this process. A run is short and in the simulator; no file is drawn."""
     if arguments[0] == "run" and "--resume" not in arguments:
         arguments = [*arguments, "engine=sim", "steps=20"]
+        if "--out" not in arguments:  # two runs of one second would have one name
+            arguments += ["--out", f"runs/{len(list(Path('runs').glob('*')))}-of-the-page"]
     if arguments[0] == "report":
         arguments = [*arguments, "--no-figures"]
     with pytest.raises(SystemExit) as stopped:
