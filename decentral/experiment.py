@@ -5,9 +5,7 @@ once in the driver, to check, and once on each worker.
 """
 
 import copy
-import importlib
 import math
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -58,7 +56,8 @@ from decentral.optimizers import (
     optimizer,
     without_decay,
 )
-from decentral.replica import Gradient, Replica
+from decentral.own import is_own, load, where
+from decentral.replica import Gradient, Replica, StepRule
 from decentral.signature import bind, choose
 from decentral.tasks import (
     PARTITIONS,
@@ -302,6 +301,16 @@ PARTS: dict[str, dict[str, Callable[..., Any]]] = {
 }
 
 
+# What a step rule may ask of the mixing matrix; `_check_mixing` holds a topology to it.
+REQUIREMENTS = (
+    "doubly stochastic",
+    "doubly stochastic, static",
+    "symmetric, eigenvalues above -1/3",
+    "column-stochastic",
+    "tree",
+    "undirected, static",
+)
+
 # Rules whose messages are no models to be rounded and mixed.
 OWN_MESSAGES = PushSum | Choco | Relay | NoLoCo | ConsensusBased | AsynchronousRule
 
@@ -311,11 +320,7 @@ def algorithm_of(config: Config) -> Algorithm:
     options = config.algorithm.options
     parts = {part: options.pop(part) for part in PARTS if part in options}
     gossip_period = options.pop("gossip_period", None)
-    name = config.algorithm.name
-    preset = choose(PRESETS, name, "algorithm.name", "algorithm")
-    algorithm = preset(
-        **bind(preset, options, "algorithm", beside=("name", "gossip_period", *PARTS))
-    )
+    algorithm = _preset(config.algorithm.name, options)
     for part, chosen in parts.items():
         key = f"algorithm.{part}"
         if not isinstance(chosen, dict) or not isinstance(chosen.get("name"), str):
@@ -330,6 +335,48 @@ def algorithm_of(config: Config) -> Algorithm:
     if getattr(algorithm.rule, "plain_sgd", False):
         _require_plain_sgd(config, algorithm)
     return algorithm
+
+
+def _preset(name: str, options: dict[str, Any]) -> Algorithm:
+    """The method `name`, one of the table or the user's own, with its options."""
+    own = is_own(name)
+    key, beside = "algorithm", ("name", "gossip_period", *PARTS)
+    preset = load(name, f"{key}.name") if own else choose(PRESETS, name, f"{key}.name", key)
+    bound = bind(preset, options, key, name=name, beside=beside)
+    if not own:
+        return preset(**bound)
+    try:
+        algorithm = preset(**bound)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{name} failed: {where(error)}", f"{key}.name") from error
+    if not isinstance(algorithm, Algorithm):
+        raise UserError(
+            f"{name} must return a decentral.algorithms.Algorithm; got {algorithm!r:.80}",
+            f"{key}.name",
+        )
+    _check_own_rule(algorithm, name)
+    return algorithm
+
+
+def _check_own_rule(algorithm: Algorithm, name: str) -> None:
+    """A step rule of the user's own has all that the tables' rules have."""
+    rule, key = algorithm.rule, "algorithm.name"
+    if not isinstance(rule, StepRule | AsynchronousRule):
+        wanted = ("equation", "source", "sends", "requires", "step")
+        missing = [part for part in wanted if not hasattr(rule, part)]
+        raise UserError(
+            f"the step rule of {name} must have {', '.join(wanted)}; {type(rule).__name__} has no"
+            f" {', '.join(missing)}",
+            key,
+        )
+    if algorithm.needs_topology and rule.requires not in REQUIREMENTS:
+        raise UserError(
+            f"the step rule of {name} must ask one of these of W: {', '.join(REQUIREMENTS)};"
+            f" its `requires` is {rule.requires!r}",
+            key,
+        )
 
 
 def _gossip_period(gossip_period: Period) -> None:
@@ -557,11 +604,11 @@ def _check_mixing(topology: Topology, requires: str | None, method: str) -> None
 
 def _task(config: Config) -> Task:
     name = config.task.name
-    builtin = ":" not in name
+    builtin = not is_own(name)
     if builtin:
         make: Callable[..., Any] = choose(TASKS, name, "task.name", "task")
     else:
-        make = _import(name)
+        make = load(name, "task.name")
     options = bind(
         make,
         config.task.options,
@@ -583,7 +630,7 @@ def _task(config: Config) -> Task:
             ) from None
         if builtin:
             raise
-        raise UserError(f"{name} failed: {_where(error)}", "task.name") from error
+        raise UserError(f"{name} failed: {where(error)}", "task.name") from error
     if not isinstance(task, Task):
         raise UserError(f"{name} must return a decentral.Task; got {task!r:.80}", "task.name")
     if not any(p.requires_grad for p in task.model.parameters()):
@@ -615,24 +662,6 @@ def _check_memory(config: Config, task: Task) -> None:
                 " smaller batches",
                 key,
             )
-
-
-def _import(path: str) -> Callable[..., Any]:
-    module_name, _, attribute = path.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"cannot import {path!r}: {error}; a task of your own is module:function, with the"
-            " module in the working directory or installed",
-            "task.name",
-        ) from None
-    except Exception as error:
-        raise UserError(f"importing {module_name} failed: {_where(error)}", "task.name") from error
-    make = getattr(module, attribute, None)
-    if not callable(make):
-        raise UserError(f"{module_name} has no function {attribute!r}", "task.name")
-    return make
 
 
 def _split(config: Config, task: Task) -> tuple[list[Tensor], Tensor | None]:
@@ -680,7 +709,7 @@ def _try_first_batch(experiment: Experiment) -> None:
         with torch.random.fork_rng(devices=[]):
             loss = gradient(0)
     except Exception as error:
-        raise UserError(f"{name} fails on its first batch: {_where(error)}", "task.name") from error
+        raise UserError(f"{name} fails on its first batch: {where(error)}", "task.name") from error
     if loss.dim() != 0:
         shape = tuple(loss.shape)
         raise UserError(f"the loss of {name} must be a scalar; its shape is {shape}", "task.name")
@@ -702,12 +731,6 @@ def _try_curvature(experiment: Experiment) -> None:
     except Exception as error:
         raise UserError(
             f"the model of {experiment.config.task.name} or its loss has no second derivative that"
-            f" torch can take: {_where(error)}. Take sharpness and trace away",
+            f" torch can take: {where(error)}. Take sharpness and trace away",
             "diagnostics",
         ) from error
-
-
-def _where(error: Exception) -> str:
-    """What a user's own code raised, and the line that raised it."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"

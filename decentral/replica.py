@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -76,6 +76,7 @@ class Gradient(Protocol):
         ...
 
 
+@runtime_checkable
 class StepRule(Protocol):
     """One step of a method on a replica, and what `decentral methods` says of it."""
 

@@ -60,9 +60,10 @@ def wrap(
     algorithm, options: as in a config: "gossip_pga", period=8, or {"name": ..., "period": ...}.
     topology: a name, or as in a config: {"name": "torus"}, {"file": "wan12.gml"}.
     buffers: float ones, such as BatchNorm's statistics, are averaged with the parameters, or stay
-    each worker's own; integer ones stay.
-    seed: of methods that draw. timeout_s: how long a worker waits for others before PeerError;
-    longer than one of them may be busy between two steps, with an evaluation or a checkpoint.
+        each worker's own; integer ones stay.
+    seed: of methods that draw.
+    timeout_s: how long a worker waits for others before PeerError; longer than one of them may be
+        busy between two steps, with an evaluation or a checkpoint.
 
     Raises UserError for what does not fit, before anything is exchanged.
     """

@@ -10,9 +10,12 @@ import yaml
 from decentral.cli import main
 
 ROOT = Path(__file__).parents[1]
-TASKS = """
+OWN = """
 import torch
 from decentral import Task
+from decentral.algorithms import Algorithm, Averaging, gossip_sgd
+from decentral.algorithms.adapt_then_combine import AdaptThenCombine
+from decentral.algorithms.schedules import Never
 
 def raises(workers, seed):
     raise OSError("no such disk")
@@ -33,6 +36,28 @@ def frozen(workers, seed):
     return Task(model, torch.nn.functional.mse_loss, (torch.zeros(8, 2), torch.zeros(8, 1)))
 
 not_callable = 3
+
+def method(share: float = 0.5):
+    if share > 1:
+        raise ArithmeticError("a share above 1")
+    return gossip_sgd()
+
+def no_method():
+    return "gossip"
+
+class Silent:
+    equation = source = sends = "of mine"
+    def step(self, replica):
+        pass
+
+class Vague(AdaptThenCombine):
+    requires = "symmetric"
+
+def silent():
+    return Algorithm(Silent(), Averaging.NEIGHBOURS, Never())
+
+def vague():
+    return Algorithm(Vague(), Averaging.NEIGHBOURS, Never())
 """
 
 # Overrides of the base config, and what the message must say.
@@ -114,6 +139,29 @@ WRONG = {
     "task with nothing to train": (
         ["task.name=mine:frozen", "task.model=null", "task.partition=null"],
         "no parameter",
+    ),
+    "method that cannot be imported": (
+        ["algorithm={name: nowhere:make}"],
+        "algorithm.name: cannot import 'nowhere:make': No module named 'nowhere'",
+    ),
+    "method that is not in its module": (["algorithm={name: mine:gossip}"], "no function 'gossip'"),
+    "option of an own method": (
+        ["algorithm={name: mine:method, shar: 1}"],
+        "mine:method takes no option 'shar'; did you mean 'share'?",
+    ),
+    "option of the wrong type": (["algorithm={name: mine:method, share: much}"], "share: "),
+    "method that raises": (
+        ["algorithm={name: mine:method, share: 2.0}"],
+        "mine:method failed: ArithmeticError: a share above 1",
+    ),
+    "method that is none": (["algorithm={name: mine:no_method}"], "must return a decentral.algor"),
+    "rule without what it asks of W": (
+        ["algorithm={name: mine:silent}"],
+        "Silent has no requires",
+    ),
+    "rule that asks what nobody knows": (
+        ["algorithm={name: mine:vague}"],
+        "its `requires` is 'symmetric'",
     ),
     "more GPUs than there are": (
         ["engine=ray", "ray.gpus_per_worker=64"],
@@ -253,7 +301,7 @@ SLOW = {"more GPUs than there are", "no Ray cluster there"}
 def place(tmp_path, monkeypatch, quick):
     """A working directory with a good config, and files that are wrong in one way each."""
     (tmp_path / "good.yaml").write_text(yaml.safe_dump(quick))
-    (tmp_path / "mine.py").write_text(TASKS)
+    (tmp_path / "mine.py").write_text(OWN)
     (tmp_path / "house5.gml").write_text((ROOT / "topologies/house5.gml").read_text())
     nodes = "".join(f"node [ id {i} ]\n" for i in range(4))
     (tmp_path / "apart.gml").write_text(f"graph [\n{nodes}edge [ source 0 target 1 ]\n]\n")

@@ -262,6 +262,39 @@ def test_engines_agree_on_models_with_buffers(cluster, tmp_path, monkeypatch, bu
         np.testing.assert_allclose(value, launched[name], rtol=1e-9, err_msg=name)
 
 
+def test_engines_agree_on_a_method_of_the_users_own(pool, quick, tmp_path, monkeypatch):
+    (tmp_path / "drifting.py").write_text(DRIFTING)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = load(quick | {"algorithm": {"name": "drifting:drift", "share": 0.5}, "steps": 6})
+    sim = decentral.run(config.model_dump(exclude_none=True)).metrics
+    assert_equal(sim, launched(config, pool), rtol=1e-9, atol=1e-13)
+
+
+DRIFTING = """
+from decentral.algorithms import Algorithm, Averaging
+from decentral.algorithms.schedules import Every
+
+class Drift:
+    equation = "s <- W (s + g);  x <- W (x - gamma (g + share s))"
+    source, sends, requires = "made up", "2 D to each neighbour", "doubly stochastic"
+
+    def __init__(self, share):
+        self.share = share
+
+    def step(self, replica):
+        gradient, state = replica.gradient(), replica.state
+        total = state["sum"] + gradient if state else gradient.clone()
+        replica.mix_(total)
+        state["sum"] = total
+        replica.descend(gradient + self.share * total)
+        replica.average()
+
+def drift(share: float, period: int = 4) -> Algorithm:
+    return Algorithm(Drift(share), Averaging.NEIGHBOURS, Every(period))
+"""
+
+
 NORMED = """
 import torch
 from torch import nn

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pages
 import pytest
 import yaml
 
@@ -82,14 +83,12 @@ def test_the_example_from_python_runs(capsys, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", decentral_commands("topology torus"), ids=" ".join)
-def test_the_commands_run(arguments, tmp_path):
-    if arguments[0] == "run":
-        arguments = [*arguments, "steps=20"]
-        if "--out" not in arguments:
-            arguments += ["--out", str(tmp_path / "out")]
-        else:
-            arguments[arguments.index("--out") + 1] = str(tmp_path / "out")
-    assert run_command(arguments, ROOT)
+def test_the_commands_run(arguments, tmp_path, monkeypatch, capsys):
+    for folder in ("configs", "topologies"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    monkeypatch.chdir(tmp_path)
+    pages.run_command(arguments)
+    assert capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def hyper_hypercube(n: int, k: int = 1) -> list[nx.Graph]:
 def simple_base(n: int, k: int = 1) -> list[nx.Graph]:
     """Exact averaging in at most 2 log_{k+1}(n) + 2 steps for any n, with at most k neighbours.
 
-    Simple Base-(k+1) graph, Takezawa et al. 2023; see `_simple_base` for how.
+    Simple Base-(k+1) graph, Takezawa et al. 2023.
     """
     _require_degree("simple_base", k)
     return _graphs(n, _simple_base(range(n), k))
