@@ -73,16 +73,17 @@ def main(
         each = max(1.0, 0.5 * left / (len(cells) - place))
         rows.append(guarded(model, n, lambda e: measure(e, pairs, each)))  # noqa: B023
         if n in (64, *workers[:1]):
-            passes.append(guarded(model, n, lambda e: ways(e, left)))  # noqa: B023
+            passes.append(guarded(model, n, lambda e: {"ways": ways(e, left)}))  # noqa: B023
     console.print(table(rows))
     for row in passes:
-        console.print(" ".join(f"{key} {shown(value)}" for key, value in row.items()))
+        said = " ".join(f"{way['way']} {shown(way['ms'])}" for way in row.get("ways", []))
+        console.print(f"gradient of {row['workers']} {row['model']}: {said or row['left_out']}")
     if out is not None:
         result = {
             "benchmark": "gpu_rate",
             "settings": {"pairs": pairs, "period": PERIOD, "batch": BATCH, "optimizer": SGD},
             "sizes": rows,
-            "gradient_ms": passes,
+            "gradients": passes,
             "machine": machine.describe(started) | {"device": device_name()},
         }
         machine.write(result, out)
@@ -301,7 +302,7 @@ def parts(experiment: Experiment, replica: Replica) -> dict[str, float]:
 # Other ways to the gradient.
 
 
-def ways(experiment: Experiment, seconds: float) -> dict[str, Any]:
+def ways(experiment: Experiment, seconds: float) -> list[dict[str, Any]]:
     """Milliseconds of forward and backward pass of all workers on one batch, in several ways."""
     replica = Simulator(experiment).replica
     assert isinstance(replica, Replica), "the methods measured here have steps"
@@ -322,7 +323,7 @@ def ways(experiment: Experiment, seconds: float) -> dict[str, Any]:
             found["compiled"] = best_pass(lambda: one_pass(gradient, batch))
         except Exception as error:  # torch raises what it likes
             found["compiled"] = f"{type(error).__name__}: {error}"[:200]
-    return found
+    return [{"way": way, "ms": ms} for way, ms in found.items()]
 
 
 def one_pass(gradient: StackedGradient, batch: tuple[Tensor, ...]) -> None:

@@ -63,10 +63,16 @@ def test_the_example_of_a_help_works(command, capsys, place):
     said = " ".join(call(capsys, *command.split(), "--help").split())
     words = said.rpartition("Example: decentral ")[2].split()
     os.symlink(ROOT / "configs", place / "configs")
-    if words[0] == "watch":
-        call(capsys, "run", "good.yaml", "steps=2", "--out", "runs/quickstart")
+    before = {
+        "watch": ["--out", "runs/quickstart"],
+        "connectivity": ["workers=8", "checkpoint.every=2", "--out", "runs/local"],
+        "report": ["algorithm={name: parallel_sgd}", "--out", "runs/parallel"],
+    }
+    if words[0] in before:
+        call(capsys, "run", "good.yaml", "steps=2", *before[words[0]])
     few = {
         "run": ["steps=2", "engine=sim"],
+        "report": ["--no-figures"],
         "compare": ["steps=2", "compare.seeds=1", "compare.grid.topology.name=[ring]"],
     }
     call(capsys, *words, *few.get(words[0], []))
