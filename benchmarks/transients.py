@@ -99,7 +99,7 @@ def critical_lr(excess: np.ndarray, lrs: np.ndarray, allowed: float) -> np.ndarr
     last = np.minimum(last, stages - 2)
     high = np.take_along_axis(excess, last[..., None], -1)[..., 0]
     low = np.take_along_axis(excess, last[..., None] + 1, -1)[..., 0]
-    part = (high - allowed) / (high - low)
+    part = (high - allowed) / np.where(known, high - low, 1.0)
     return np.where(known, lrs[last] + part * (lrs[last + 1] - lrs[last]), np.nan)
 
 
