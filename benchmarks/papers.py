@@ -52,20 +52,20 @@ def sweep(name: str, runs: Path, changes: dict[str, Any]) -> dict[str, Any]:
         | (settled(metrics) if NORM in metrics else {})
         for key, metrics in records.items()
     }
-    methods = {}
+    methods = []
     for method in dict.fromkeys(table.method):
         metrics = [of for (which, _), of in records.items() if which == method]
         other = paired_with(method, baseline)
-        methods[method] = {
-            "final": {
-                column: figure(found, method, other, column)
-                for column in next(iter(found.values()))
-                if column not in NO_RESULTS
-            },
-            "curves": {c: curve(metrics, c) for c in CURVES if c in metrics[0]},
+        final = {
+            column: figure(found, method, other, column)
+            for column in next(iter(found.values()))
+            if column not in NO_RESULTS
         }
+        curves = {c: curve(metrics, c) for c in CURVES if c in metrics[0]}
+        methods.append({"method": method, "final": final, "curves": curves})
     config = done.sweep.points[0].config
     return {
+        "sweep": name,
         "steps": config.steps,
         "workers": config.workers,
         "seeds": len(done.sweep.compare.seeds),
@@ -115,21 +115,21 @@ def settled(metrics: pandas.DataFrame) -> dict[str, float]:
     return found
 
 
-def table_of(name: str, result: dict[str, Any]) -> Table:
+def table_of(result: dict[str, Any]) -> Table:
     """Final figures, each with its spread; a star where the difference is beyond chance."""
-    methods = result["methods"]
-    columns = [c for c in SHOWN if c in next(iter(methods.values()))["final"]]
-    shown = Table(title=f"{name}: mean and deviation over {result['seeds']} seeds", box=box.SIMPLE)
+    columns = [c for c in SHOWN if c in result["methods"][0]["final"]]
+    title = f"{result['sweep']}: mean and deviation over {result['seeds']} seeds"
+    shown = Table(title=title, box=box.SIMPLE)
     shown.add_column("method", no_wrap=True)
     for column in columns:
         shown.add_column(column, justify="right")
-    for method, found in methods.items():
+    for found in result["methods"]:
         cells = []
         for column in columns:
             f = found["final"][column]
             star = "*" if "low" in f and f["low"] * f["high"] > 0 else ""
             cells.append(f"{f['mean']:.4g} ± {f['std']:.2g}{star}")
-        shown.add_row(method, *cells)
+        shown.add_row(found["method"], *cells)
     return shown
 
 
@@ -138,17 +138,19 @@ def draw(result: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     methods = result["methods"]
-    columns = list(next(iter(methods.values()))["curves"])
+    columns = list(methods[0]["curves"])
     size = (3.6 * len(columns), 3.2)
     figure, axes = plt.subplots(1, len(columns), figsize=size, layout="constrained", squeeze=False)
     for axis, column in zip(axes[0], columns, strict=True):
-        for place, (method, found) in enumerate(methods.items()):
-            kind = method.split("-")[0]
+        for place, found in enumerate(methods):
+            kind = found["method"].split("-")[0]
             pairs = kind in ("plain", "momentum")  # of one colour each
             colour = f"C{place // 2 if pairs else place}"
             line = found["curves"][column]
             style = "--" if kind == "momentum" else "-"
-            axis.plot(line["step"], line["value"], style, color=colour, lw=1.2, label=method)
+            axis.plot(
+                line["step"], line["value"], style, color=colour, lw=1.2, label=found["method"]
+            )
         axis.set_title(column.replace("_", " "))
         axis.set_xlabel("step")
         if column != "eval_accuracy":
@@ -179,17 +181,17 @@ def main(
         changes |= {"steps": steps, "record.every": every, "record.evaluate_every": every}
     if seeds is not None:
         changes["compare.seeds"] = seeds
-    results = {}
+    results = []
     with tempfile.TemporaryDirectory() as scratch:
         for name in only or SWEEPS:
             own = {"task.file": str(text)} if text is not None and name == "deep_text" else {}
             if steps is not None and name in ("invariant", "generalisation"):
                 own["diagnostics.every"] = max(1, steps // 3)
-            results[name] = sweep(name, runs or Path(scratch), changes | own)
-    for name, result in results.items():
-        Console(width=160).print(table_of(name, result))
+            results.append(sweep(name, runs or Path(scratch), changes | own))
+    for result in results:
+        Console(width=160).print(table_of(result))
         if pictures is not None:
-            draw(result, pictures / f"{name}.png")
+            draw(result, pictures / f"{result['sweep']}.png")
     if out is not None:
         figures = {
             "benchmark": "papers",

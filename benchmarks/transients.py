@@ -14,6 +14,7 @@ import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from enum import Enum
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
@@ -36,8 +37,17 @@ from decentral.topology import beta, build, transient_steps
 CONFIGS = Path(__file__).parents[1] / "configs" / "paper"
 FILES = (CONFIGS / "logistic.yaml", CONFIGS / "logistic_periods.yaml")
 ORDER = ("pga-exponential", "pga-grid", "pga-ring", "local", "gossip-ring")  # what is claimed
+FACTORS = (1.02, 1.1, 1.25, 1.5)  # beside the one that is asked for
 RESAMPLES = 2000
 INTERVAL = (2.5, 97.5)  # percent
+
+
+class Law(str, Enum):
+    """Whose data: each worker's of a law of its own, all of one, or first these, then those."""
+
+    OWN = "own"
+    IID = "iid"
+    BOTH = "both"
 
 
 @dataclass(frozen=True)
@@ -146,8 +156,8 @@ class Comparison:
         )
         return self.means[setting] / base
 
-    def transient(self, setting: Setting) -> np.ndarray:
-        return transient(self.ratios(setting), self.factor, self.window)
+    def transient(self, setting: Setting, factor: float | None = None) -> np.ndarray:
+        return transient(self.ratios(setting), factor or self.factor, self.window)
 
     def excess(self, setting: Setting) -> np.ndarray:
         """Ratio - 1 in the last half of each stage of one learning rate, [..., stages]."""
@@ -213,7 +223,13 @@ def order(comparison: Comparison, workers: int, iid: bool) -> list[dict[str, Any
         if (s.workers, s.iid) == (workers, iid) and s.period in (16, None)
     }
     return [
-        {"method": method, "after": before, "steps": with_interval(steps[method] - steps[before])}
+        {
+            "workers": workers,
+            "iid": iid,
+            "method": method,
+            "after": before,
+            "steps": with_interval(steps[method] - steps[before]),
+        }
         for before, method in pairwise(("parallel", *ORDER))
     ]
 
@@ -230,6 +246,10 @@ def points_of(
             "period": setting.period,
             "curve": means[0][stride - 1 :: stride].tolist(),
             "transient_steps": with_interval(comparison.transient(setting)),
+            "by_factor": {
+                str(factor): with_interval(comparison.transient(setting, factor))["estimate"]
+                for factor in FACTORS
+            },
             "excess": comparison.excess(setting)[0].tolist(),
             "critical_lr": with_interval(comparison.critical_lr(setting, lr)),
             "processor_s": seconds[setting],
@@ -269,10 +289,12 @@ def draw(points: list[dict[str, Any]], stride_steps: int, path: Path) -> None:
 
     shown = [p for p in points if p["period"] in (16, None)]
     columns = sorted({p["workers"] for p in shown})
+    rows = sorted({p["iid"] for p in shown})
+    size = (4 * len(columns), 3.2 * len(rows))
     figure, grid = plt.subplots(
-        2, len(columns), figsize=(12, 6.4), layout="constrained", sharex=True, squeeze=False
+        len(rows), len(columns), figsize=size, layout="constrained", sharex=True, squeeze=False
     )
-    for row, iid in zip(grid, (False, True), strict=True):
+    for row, iid in zip(grid, rows, strict=True):
         for axis, workers in zip(row, columns, strict=True):
             for colour, method in enumerate(("parallel", *ORDER)):
                 for p in shown:
@@ -323,9 +345,10 @@ def main(
     steps: Annotated[int, typer.Option(help="Steps, a multiple of --stage.")] = 10_000,
     stage: Annotated[int, typer.Option(help="Steps of one learning rate; then halved.")] = 1000,
     workers: Annotated[list[int] | None, typer.Option(help="Instead of 20, 50, 100.")] = None,
+    law: Annotated[Law, typer.Option(help="Of the workers' data.")] = Law.BOTH,
     samples: Annotated[int, typer.Option(help="Of each worker.")] = 8000,
     batch: Annotated[int, typer.Option(help="Samples a step, of each worker.")] = 8,
-    factor: Annotated[float, typer.Option(help="Behind: above so many times parallel's.")] = 1.1,
+    factor: Annotated[float, typer.Option(help="Behind: above so many times parallel's.")] = 1.05,
     processes: Annotated[int, typer.Option(help="Points at a time.")] = 2,
     keep: Annotated[
         Path | None, typer.Option(help="Keep points here, and go on from them.")
@@ -339,7 +362,8 @@ def main(
     middle, least = workers[len(workers) // 2], min(workers)
     window = max(1, stage // 10)
     changes = {"steps": steps, "lr_schedule.step_size": stage, "task.batch_size": batch}
-    changes |= {"task.samples_per_worker": samples}
+    laws = {Law.OWN: [False], Law.IID: [True], Law.BOTH: [False, True]}[law]
+    changes |= {"task.samples_per_worker": samples, "compare.grid.task.iid": laws}
     own = ({"compare.grid.workers": workers}, {"workers": least})
     configs = {
         Setting.of(point.method, point.config): point.config
@@ -364,21 +388,16 @@ def main(
             "curve_every": stride * window,
         },
         "points": points,
-        "order": {
-            "workers": middle,
-            "own": order(comparison, middle, iid=False),
-            "iid": order(comparison, middle, iid=True),
-        },
+        "order": [row for iid in laws for row in order(comparison, middle, iid)],
         "exponents": exponents(comparison, lr, least),
         "seconds": time.perf_counter() - started,
         "machine": machine.describe(load),
     }
     console = Console(width=120)
     console.print(table(points))
-    for kind in ("own", "iid"):
-        for row in figures["order"][kind]:
-            gap = told(row["steps"])
-            console.print(f"{middle} workers, {kind}: {row['method']} - {row['after']}: {gap}")
+    for row in figures["order"]:
+        law = "iid" if row["iid"] else "own"
+        console.print(middle, law, f"{row['method']} - {row['after']}:", told(row["steps"]))
     for row in figures["exponents"]:
         grown = {key: row[key] for key in ("halved_lr", "constant_lr", "theory")}
         console.print(row["method"], "iid" if row["iid"] else "own", row["in"], grown)
