@@ -116,8 +116,10 @@ def critical_lr(excess: np.ndarray, lrs: np.ndarray, allowed: float) -> np.ndarr
 def slope(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """The exponent p of the least-squares fit log y = c + p log x; y [..., points].
 
-    NaN where a y is not a positive number.
+    NaN where a y is not a positive number, and of fewer than two points.
     """
+    if len(x) < 2:
+        return np.full(y.shape[:-1], np.nan)
     usable = np.isfinite(y) & (y > 0)
     log_x, log_y = np.log(x), np.log(np.where(usable, y, 1.0))
     centred = log_x - log_x.mean()
@@ -126,13 +128,17 @@ def slope(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def with_interval(values: np.ndarray) -> dict[str, float | None]:
     """`values`: the estimate itself, then those of the resamples. None: no number, or endless."""
-    estimate, resamples = float(values[0]), values[1:]
+    estimate, resamples = values[0], values[1:]
     if np.isnan(resamples).mean() > 0.01:
         low = high = np.nan
     else:
         low, high = np.nanpercentile(resamples, INTERVAL, method="inverted_cdf")
-    kept = {"estimate": estimate, "low": float(low), "high": float(high)}
-    return {key: value if np.isfinite(value) else None for key, value in kept.items()}
+    return {"estimate": finite(estimate), "low": finite(low), "high": finite(high)}
+
+
+def finite(value: float | np.ndarray) -> float | None:
+    """A number as JSON has them, None for any other."""
+    return float(value) if np.isfinite(value) else None
 
 
 class Comparison:
@@ -209,7 +215,7 @@ def exponents(comparison: Comparison, lr: float, least: int) -> list[dict[str, A
                 "values": x.astype(int).tolist(),
                 "halved_lr": with_interval(slope(x, steps)),
                 "constant_lr": with_interval(slope(x, n / critical**2)),
-                "theory": float(slope(x, np.array([theory(s) for s in group]))),
+                "theory": finite(slope(x, np.array([theory(s) for s in group]))),
             }
         )
     return rows
@@ -345,6 +351,7 @@ def main(
     steps: Annotated[int, typer.Option(help="Steps, a multiple of --stage.")] = 10_000,
     stage: Annotated[int, typer.Option(help="Steps of one learning rate; then halved.")] = 1000,
     workers: Annotated[list[int] | None, typer.Option(help="Instead of 20, 50, 100.")] = None,
+    periods: Annotated[bool, typer.Option(help="Other periods than 16 too.")] = True,
     law: Annotated[Law, typer.Option(help="Of the workers' data.")] = Law.BOTH,
     samples: Annotated[int, typer.Option(help="Of each worker.")] = 8000,
     batch: Annotated[int, typer.Option(help="Samples a step, of each worker.")] = 8,
@@ -364,10 +371,10 @@ def main(
     changes = {"steps": steps, "lr_schedule.step_size": stage, "task.batch_size": batch}
     laws = {Law.OWN: [False], Law.IID: [True], Law.BOTH: [False, True]}[law]
     changes |= {"task.samples_per_worker": samples, "compare.grid.task.iid": laws}
-    own = ({"compare.grid.workers": workers}, {"workers": least})
+    own = [{"compare.grid.workers": workers}, {"workers": least}][: 1 + periods]
     configs = {
         Setting.of(point.method, point.config): point.config
-        for file, more in zip(FILES, own, strict=True)
+        for file, more in zip(FILES, own, strict=False)
         for point in read_sweep(file, changes | more).points
     }
     found, seconds = measured(configs, trials, window, processes, keep)

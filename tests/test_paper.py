@@ -11,7 +11,16 @@ import decentral
 from decentral.config import load
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from transients import critical_lr, slope, transient, with_interval
+from transients import (
+    Comparison,
+    Setting,
+    critical_lr,
+    exponents,
+    order,
+    slope,
+    transient,
+    with_interval,
+)
 from trials import Trials, logistic_optimum
 
 RUN = {
@@ -85,3 +94,43 @@ def test_an_interval_holds_the_estimate_and_leaves_endless_ends_out():
     assert with_interval(values) == {"estimate": 5.0, "low": 0.25, "high": 9.75}
     values[600:] = np.inf
     assert with_interval(values)["high"] is None
+
+
+def made_up(setting, stages=10, stage=10):
+    """Distances of 8 trials, as theory has them: a variance of lr / n, and 1e-6 lr^2 S^4 beyond it
+    with S = H, or 24 where nobody averages globally; the rate halves from stage to stage."""
+    lr = 0.2 * 0.5 ** np.repeat(np.arange(stages), stage)
+    spread = (setting.period or 24) if setting.method != "parallel" else 0
+    noise = 1 + 0.01 * np.random.default_rng(setting.workers).standard_normal((8, 1))
+    return lr / setting.workers * noise + 1e-6 * lr**2 * spread**4
+
+
+@pytest.fixture
+def comparison():
+    sweep = {(n, 16) for n in (20, 50, 100)} | {(20, 8), (20, 32)}
+    methods = {"local": sweep, "pga-ring": sweep, "pga-exponential": sweep, "pga-grid": sweep}
+    settings = [
+        *(Setting(n, False, m, H) for m, pairs in methods.items() for n, H in sorted(pairs)),
+        *(Setting(n, False, m, None) for n in (20, 50, 100) for m in ("parallel", "gossip-ring")),
+    ]
+    return Comparison({s: made_up(s) for s in settings}, window=10, factor=1.05, lr_every=100)
+
+
+def test_the_exponents_at_constant_rates_are_those_of_the_law_that_was_put_in(comparison):
+    """The critical rate is 0.05 / (1e-6 n S^4) there, and n / lr^2 grows as n^3 S^8."""
+    found = {(row["method"], row["in"]): row for row in exponents(comparison, 0.2, 20)}
+    local = found["local", "period"]
+    assert local["values"] == [8, 16, 32]
+    assert local["theory"] == pytest.approx(4)
+    assert found["local", "workers"]["theory"] == pytest.approx(3)
+    assert found["local", "workers"]["constant_lr"]["estimate"] == pytest.approx(3, abs=0.02)
+    low, high = (found["local", "workers"]["constant_lr"][end] for end in ("low", "high"))
+    assert low <= found["local", "workers"]["constant_lr"]["estimate"] <= high
+
+
+def test_the_order_is_of_differences_between_transient_stages(comparison):
+    rows = order(comparison, 50, iid=False)
+    assert [row["method"] for row in rows][-2:] == ["local", "gossip-ring"]
+    assert rows[0]["after"] == "parallel"
+    assert rows[-1]["steps"]["estimate"] > 0  # S is 24 there, and 16 in all others
+    assert [row["steps"]["estimate"] for row in rows[1:-1]] == [0, 0, 0]
