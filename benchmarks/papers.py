@@ -44,9 +44,9 @@ def sweep(name: str, runs: Path, changes: dict[str, Any]) -> dict[str, Any]:
         raise SystemExit(f"{name}: {len(done.failed)} points failed; see {done.directory}")
     baseline = done.sweep.compare.baseline
     table, records = done.table.dropna(axis="columns"), {}
-    for row in table.itertuples():
-        path = done.directory / "points" / Path(row.directory).name / "metrics.jsonl"
-        records[row.method, row.seed] = pandas.DataFrame(read(path))
+    for point, at in zip(done.sweep.points, table.directory, strict=True):
+        metrics = done.directory / "points" / Path(at).name / "metrics.jsonl"
+        records[point.method, point.config.seed] = pandas.DataFrame(read(metrics))
     found = {
         key: {column: metrics[column].iloc[-1] for column in table if column in metrics}
         | (settled(metrics) if NORM in metrics else {})
@@ -184,7 +184,9 @@ def main(
     results = []
     with tempfile.TemporaryDirectory() as scratch:
         for name in only or SWEEPS:
-            own = {"task.file": str(text)} if text is not None and name == "deep_text" else {}
+            own: dict[str, Any] = {}
+            if text is not None and name == "deep_text":
+                own["task.file"] = str(text)
             if steps is not None and name in ("invariant", "generalisation"):
                 own["diagnostics.every"] = max(1, steps // 3)
             results.append(sweep(name, runs or Path(scratch), changes | own))

@@ -403,8 +403,8 @@ def main(
     console = Console(width=120)
     console.print(table(points))
     for row in figures["order"]:
-        law = "iid" if row["iid"] else "own"
-        console.print(middle, law, f"{row['method']} - {row['after']}:", told(row["steps"]))
+        kind = "iid" if row["iid"] else "own"
+        console.print(middle, kind, f"{row['method']} - {row['after']}:", told(row["steps"]))
     for row in figures["exponents"]:
         grown = {key: row[key] for key in ("halved_lr", "constant_lr", "theory")}
         console.print(row["method"], "iid" if row["iid"] else "own", row["in"], grown)

@@ -58,7 +58,7 @@ def test_no_position_sees_a_later_one_and_each_sees_all_before_it(alphabet):
 
 def test_the_untrained_model_knows_nothing_and_the_trained_one_the_alphabet(alphabet, caplog):
     with caplog.at_level(logging.WARNING):
-        result = decentral.run(config(alphabet), **{"record.every": 1})
+        result = decentral.run(config(alphabet, record={"every": 1}))
     assert "one by one" not in caplog.text  # vmap takes it
     assert result.metrics.loss[0] == pytest.approx(math.log(4), abs=0.05)
     assert result.summary["final"]["eval_loss"] < 0.2
