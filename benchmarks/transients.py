@@ -228,16 +228,13 @@ def order(comparison: Comparison, workers: int, iid: bool) -> list[dict[str, Any
         for s in comparison.means
         if (s.workers, s.iid) == (workers, iid) and s.period in (16, None)
     }
-    return [
-        {
-            "workers": workers,
-            "iid": iid,
-            "method": method,
-            "after": before,
-            "steps": with_interval(steps[method] - steps[before]),
-        }
-        for before, method in pairwise(("parallel", *ORDER))
-    ]
+    rows = []
+    for before, method in pairwise(("parallel", *ORDER)):
+        with np.errstate(invalid="ignore"):  # both endless: no number
+            longer = with_interval(steps[method] - steps[before])
+        row = {"workers": workers, "iid": iid, "method": method, "after": before, "steps": longer}
+        rows.append(row)
+    return rows
 
 
 def points_of(
