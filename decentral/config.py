@@ -412,10 +412,10 @@ def load(
 ) -> Config:
     """Read a config from a YAML file or a mapping, apply dotted overrides, check it.
 
-    A key whose value is null is taken away, so its default holds. A relative `topology.file`
-    or `network.file` is looked up from the working directory, then beside the config file; a
-    relative `checkpoint.path` is of the working directory. What `scale_lr` asks for is done, and
-    the section gone: the optimizer's options are those in force.
+    A key whose value is null is taken away, so its default holds. A relative `topology.file`,
+    `network.file` or `task.file` is looked up from the working directory, then beside the config
+    file; a relative `checkpoint.path` is of the working directory. What `scale_lr` asks for is
+    done, and the section gone: the optimizer's options are those in force.
 
     Raises UserError naming each key at fault, what came, and what is allowed.
     """
@@ -424,7 +424,7 @@ def load(
     if "compare" in raw:
         raise UserError("makes this a sweep; run it with decentral compare", "compare")
     _split_workers(raw)
-    find_graphs(raw, Path() if isinstance(source, Mapping) else Path(source).parent)
+    find_files(raw, Path() if isinstance(source, Mapping) else Path(source).parent)
     _fix_checkpoints(raw)
     check_keys(raw, Config)
     try:
@@ -640,10 +640,11 @@ def _split_workers(raw: dict[str, Any]) -> None:
     raw["workers"], raw["min_workers"] = workers["max"], workers["min"]
 
 
-def find_graphs(raw: dict[str, Any], folder: Path) -> None:
-    """Make the paths of graph files absolute: a run may be resumed from elsewhere."""
-    for section in (raw.get("topology"), raw.get("network")):
-        if not isinstance(section, dict):
+def find_files(raw: dict[str, Any], folder: Path) -> None:
+    """Make the paths of graph files, and of a built-in task's data, absolute: a run may be resumed
+    from elsewhere."""
+    for section in (raw.get("topology"), raw.get("network"), raw.get("task")):
+        if not isinstance(section, dict) or ":" in str(section.get("name")):
             continue
         name = section.get("file")
         if isinstance(name, str):

@@ -18,6 +18,7 @@ SMALL = {
     "gpu_rate": ["--workers", "2", "--models", "mlp", "--models", "gpt", "--pairs", "1"],
     "heterogeneity": ["--steps", "6", "--seeds", "2", "--workers", "4"],
     "overhead": ["--hidden", "8", "--rounds", "3"],
+    "papers": ["--only", "deep_digits", "--steps", "6", "--seeds", "1"],
     "planner": [
         "--cluster",
         "house5",
@@ -34,6 +35,10 @@ SMALL = {
     ],
     "simulator_rate": ["--workers", "4", "--workers", "8", "--repeats", "1"],
     "soak": ["--kills", "1"],
+    "transients": [
+        *("--trials", "3", "--steps", "40", "--stage", "20", "--samples", "20", "--law", "own"),
+        *("--workers", "4", "--workers", "6"),
+    ],
 }
 NEEDS_HOSTS = {
     "clock_against_reality": ["--rate", "1000", "--records", "2", "--hidden", "8"],
@@ -60,7 +65,7 @@ def outputs(tmp_path_factory):
 
 
 def test_every_benchmark_is_run_here_and_has_a_committed_result():
-    scripts = {path.stem for path in BENCHMARKS.glob("*.py")} - {"machine"}
+    scripts = {path.stem for path in BENCHMARKS.glob("*.py")} - {"machine", "trials"}
     assert scripts == set(SMALL | NEEDS_HOSTS)
     assert {path.stem for path in (BENCHMARKS / "results").glob("*.json")} == scripts
 

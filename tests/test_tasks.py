@@ -367,6 +367,17 @@ def test_the_digits_test_set_is_the_same_for_every_run_and_stratified():
     assert length(digits(1, 0, test_fraction=0.5).test or ()) == 899
 
 
+def test_label_noise_makes_so_many_training_labels_wrong_and_no_test_label():
+    clean, noisy = digits(1, 3), digits(1, 3, label_noise=0.25)
+    wrong = labels(clean.train) != labels(noisy.train)
+    assert wrong.sum() == round(0.25 * 1437)
+    assert torch.equal(in_memory(noisy.train)[0], in_memory(clean.train)[0])
+    assert set(labels(noisy.train)[wrong].tolist()) == set(range(10))
+    assert_equal_tensors(noisy.test, clean.test)
+    other = labels(digits(1, 4, label_noise=0.25).train) != labels(clean.train)
+    assert not torch.equal(other, wrong)
+
+
 @pytest.fixture
 def one_thread():
     """For thousands of tiny operations: on a busy machine, threads wait long for each other."""
@@ -400,6 +411,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "quadratic": {"samples_per_worker": 6},
     "logistic": {"samples_per_worker": 6},
     "digits": {},
+    "text": {"file": __file__, "context": 8, "model": {"name": "gpt", "width": 8, "heads": 2}},
 }
 assert SMALL.keys() == TASKS.keys()
 
@@ -435,7 +447,7 @@ def test_model_and_loss_and_accuracy_stack_over_workers(name: str, model: dict[s
         for key, p in task.model.named_parameters()
     }
     *inputs, target = fetch(task.train, torch.arange(12).view(3, 4))
-    inputs = [part.float() for part in inputs]
+    inputs = [part.float() if part.is_floating_point() else part for part in inputs]
 
     def both(parameters: dict[str, Tensor], target: Tensor, *inputs: Tensor) -> Tensor:
         output = torch.func.functional_call(task.model, parameters, inputs)

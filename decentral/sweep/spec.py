@@ -133,8 +133,8 @@ def read_sweep(
     except ValidationError as error:
         raise validation_error(error, "compare") from None
     _check_varied(raw, compare, overrides)
-    configs.find_graphs(raw, folder)
-    compare = _with_absolute_graphs(compare, folder)
+    configs.find_files(raw, folder)
+    compare = _with_absolute_files(compare, folder)
     points = _expand(raw, compare)
     _check_effect(points, compare)
     _check_choices(points, compare)
@@ -200,12 +200,12 @@ def _check_varied(
             )
 
 
-def _with_absolute_graphs(compare: CompareConfig, folder: Path) -> CompareConfig:
-    """Paths of graph files in the grid and in the methods, as `find_graphs` makes them."""
+def _with_absolute_files(compare: CompareConfig, folder: Path) -> CompareConfig:
+    """Paths of files in the grid and in the methods, as `find_files` makes them."""
 
     def found(key: str, value: Any) -> Any:
         raw = configs.override({}, {key: value})
-        configs.find_graphs(raw, folder)
+        configs.find_files(raw, folder)
         for part in key.split("."):
             raw = raw[part]
         return raw

@@ -21,11 +21,13 @@ from decentral.tasks.quadratic import quadratic
 from decentral.tasks.reader import Reader, read
 from decentral.tasks.sampler import Sampler
 from decentral.tasks.task import Data, Task, fetch, known_labels, labels, length
+from decentral.tasks.text import text
 
 TASKS: dict[str, Callable[..., Task]] = {
     "quadratic": quadratic,
     "logistic": logistic,
     "digits": digits,
+    "text": text,
 }
 
 __all__ = [
@@ -51,4 +53,5 @@ __all__ = [
     "quadratic",
     "read",
     "seeded",
+    "text",
 ]

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
+from torch import Tensor
 from torch.nn import functional
 
 from decentral.tasks.models import build_model
@@ -20,12 +21,14 @@ def digits(
     *,
     model: Mapping[str, Any] = MappingProxyType({"name": "mlp"}),
     test_fraction: Annotated[float, Field(ge=0.01, le=0.9)] = 0.2,
+    label_noise: Annotated[float, Field(ge=0, le=1)] = 0.0,
 ) -> Task:
     """Classify 1797 images of 8x8 pixels into ten digits; cross-entropy.
 
     Pixels are scaled to [0, 1], float32; shape [64] for an `mlp`, [1, 8, 8] for a `cnn`. The
-    test set is stratified and depends on `test_fraction` alone. `seed` sets the initial model;
-    the split over the `workers` is the partition's.
+    test set is stratified and depends on `test_fraction` alone. Of the training labels the
+    fraction `label_noise` is wrong. `seed` sets the initial model and which labels are wrong; the
+    split over the `workers` is the partition's.
     Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998 (the part
     that scikit-learn ships).
     """
@@ -44,6 +47,14 @@ def digits(
     return Task(
         model=build_model(model, shape, classes=10, seed=seed),
         loss=functional.cross_entropy,
-        train=(train_x, train_y),
+        train=(train_x, _with_wrong(train_y, label_noise, seed)),
         test=(test_x, test_y),
     )
+
+
+def _with_wrong(classes: Tensor, fraction: float, seed: int) -> Tensor:
+    """The classes with this fraction of them, to the nearest sample, replaced by another one."""
+    generator = torch.Generator().manual_seed(seed)
+    wrong = torch.randperm(len(classes), generator=generator)[: round(fraction * len(classes))]
+    shift = torch.randint(1, 10, wrong.shape, generator=generator)
+    return classes.index_copy(0, wrong, (classes[wrong] + shift) % 10)

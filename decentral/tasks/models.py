@@ -57,15 +57,17 @@ def build_model(
     classes: int,
     seed: int,
     key: str = "task.model",
+    table: Mapping[str, Callable[..., nn.Module]] = MODELS,
 ) -> nn.Module:
     """The model that a config asks for, a function of its arguments alone.
 
-    `model` holds its name and its options. Raises UserError naming `key` and the option at fault.
+    `model` holds its name, in `table`, and its options. Raises UserError naming `key` and the
+    option at fault.
     """
     options = dict(model)
     if not isinstance(name := options.pop("name", None), str):
-        raise UserError(f"a model needs a name, one of {', '.join(MODELS)}; got {model}", key)
-    function = choose(MODELS, name, f"{key}.name", "model")
+        raise UserError(f"a model needs a name, one of {', '.join(table)}; got {model}", key)
+    function = choose(table, name, f"{key}.name", "model")
     bound = bind(function, options, key, given=("shape", "classes"))
     with seeded(seed):
         return function(shape, classes, **bound)
