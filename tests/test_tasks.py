@@ -443,11 +443,11 @@ def test_the_seed_changes_the_initial_model():
 def test_model_and_loss_and_accuracy_stack_over_workers(name: str, model: dict[str, str]):
     task = TASKS[name](3, 0, **SMALL[name], **({"model": model} if name == "digits" else {}))
     parameters = {
-        key: torch.stack([p.detach() + 0.1 * i for i in range(3)])
+        key: torch.stack([p.detach().double() + 0.1 * i for i in range(3)])
         for key, p in task.model.named_parameters()
     }
     *inputs, target = fetch(task.train, torch.arange(12).view(3, 4))
-    inputs = [part.float() if part.is_floating_point() else part for part in inputs]
+    inputs = [part.double() if part.is_floating_point() else part for part in inputs]
 
     def both(parameters: dict[str, Tensor], target: Tensor, *inputs: Tensor) -> Tensor:
         output = torch.func.functional_call(task.model, parameters, inputs)
@@ -459,7 +459,7 @@ def test_model_and_loss_and_accuracy_stack_over_workers(name: str, model: dict[s
         both({k: p[i] for k, p in parameters.items()}, target[i], *[x[i] for x in inputs])
         for i in range(3)
     ]
-    torch.testing.assert_close(stacked, torch.stack(alone))
+    torch.testing.assert_close(stacked, torch.stack(alone), rtol=1e-12, atol=1e-12)
 
 
 # --- options ---
