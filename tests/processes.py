@@ -51,8 +51,17 @@ def _main(rank, n, port, queue, function, arguments):
         store = dist.TCPStore("127.0.0.1", port, n, is_master=rank == 0)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=n)
         result = function(rank, *arguments)
-        dist.barrier()
+        _meet(store, rank, n)  # not in the group, which may be what the function has broken
         queue.put((rank, result, None))
         dist.destroy_process_group()
     except BaseException:
         queue.put((rank, None, traceback.format_exc()))
+
+
+def _meet(store, rank, n):
+    """Return when all ranks are here; rank 0, whose store it is, when all the others have left."""
+    store.set(f"here {rank}", "")
+    store.wait([f"here {other}" for other in range(n)])
+    store.set(f"left {rank}", "")
+    if rank == 0 and n > 1:
+        store.wait([f"left {other}" for other in range(1, n)])

@@ -100,7 +100,7 @@ def figures(nodes, monkeypatch, quick, links):
         def __init__(self, experiment, say):
             self.closed = False
 
-        def ask(self, function, rounds, device, seconds):
+        def ask(self, function, rounds, seconds):
             own = [{p: links[p] for pairs in rounds for p in pairs if p[0] == i} for i in range(4)]
             step_s = [0.002, 0.003, 0.002, 0.004]
             return [
