@@ -1,10 +1,10 @@
 """What do the wrapper and a worker's replica cost beside a bare torch loop?
 
-One worker, Local SGD, so that nothing is exchanged: an MLP on digits, batch 256, float32, SGD with
-momentum. Three loops on the same batches: bare torch; the same with `decentral.wrap`; and a
-worker's replica, as the Ray engine runs it. They take turns, and a ratio is the median over rounds
-of a loop's time over bare torch's in the same round: processor time, which other programs on the
-machine touch little, and beside it the clock's.
+One worker, Local SGD between two averages, so that nothing is exchanged: an MLP on digits, batch
+256, float32, SGD with momentum. Three loops on the same batches: bare torch; the same with
+`decentral.wrap`; and a worker's replica, as the Ray engine runs it. They take turns, and a ratio is
+the median over rounds of a loop's time over bare torch's in the same round: processor time, which
+other programs on the machine touch little, and beside it the clock's.
 
     python benchmarks/overhead.py --out benchmarks/results/overhead.json
 """
@@ -31,7 +31,8 @@ from decentral.peer import PeerComm
 from decentral.replica import Averaging, Segment
 from decentral.tasks import fetch
 
-PERIOD = 8
+STEPS = 8  # of each loop at its turn
+PERIOD = 2**30  # never over
 SGD: dict[str, Any] = {"lr": 0.05, "momentum": 0.9}
 
 
@@ -40,7 +41,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Of all three loops.")] = 41,
     out: Annotated[Path | None, typer.Option(help="Write the figures there, as JSON.")] = None,
 ) -> None:
-    """Time the three loops beside each other, a period of steps at a time, on one thread."""
+    """Time the three loops beside each other, some steps at a time, on one thread."""
     torch.set_num_threads(1)
     started = os.getloadavg()[0]
     config = {
@@ -69,8 +70,8 @@ def main(
             start, cpu_start = time.perf_counter(), time.process_time()
             loops[name]()
             if number:  # the first is to warm up
-                seconds[name].append((time.perf_counter() - start) / PERIOD)
-                processor[name].append((time.process_time() - cpu_start) / PERIOD)
+                seconds[name].append((time.perf_counter() - start) / STEPS)
+                processor[name].append((time.process_time() - cpu_start) / STEPS)
     dist.destroy_process_group()
     result = {
         "benchmark": "overhead",
@@ -120,35 +121,35 @@ def wrapped(experiment: Experiment) -> Callable[[], None]:
 def loop(
     experiment: Experiment, model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> Callable[[], None]:
-    """A period of steps of a plain training loop."""
+    """Some steps of a plain training loop."""
     task, sampler = experiment.task, experiment.sampler([0])
     step = 0
 
-    def period() -> None:
+    def some() -> None:
         nonlocal step
-        for _ in range(PERIOD):
+        for _ in range(STEPS):
             inputs, target = (part[0] for part in fetch(task.train, sampler.indices(step)))
             optimizer.zero_grad()
             task.loss(model(inputs), target).backward()
             optimizer.step()
             step += 1
 
-    return period
+    return some
 
 
 def replica(experiment: Experiment) -> Callable[[], None]:
-    """A period of steps of a worker."""
+    """Some steps of a worker."""
     model = FlatModel(copy.deepcopy(experiment.task.model), experiment.dtype)
     gradient = ModuleGradient(model, experiment.task, experiment.sampler([0]))
     worker = experiment.replica(gradient, PeerComm(None), torch.tensor(0))
     step = 0
 
-    def period() -> None:
+    def some() -> None:
         nonlocal step
-        worker.run(Segment(step, step + PERIOD, Averaging.NOBODY, True, record=False))
-        step += PERIOD
+        worker.run(Segment(step, step + STEPS, Averaging.NOBODY, False, record=False))
+        step += STEPS
 
-    return period
+    return some
 
 
 if __name__ == "__main__":

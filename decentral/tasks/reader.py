@@ -83,4 +83,7 @@ class _Batches(Dataset[tuple[Tensor, ...]]):
         self._data, self._sampler = data, sampler
 
     def __getitem__(self, step: int) -> tuple[Tensor, ...]:
-        return read(self._data, self._sampler.indices(step), self._sampler.sample_seeds(step))
+        indices = self._sampler.indices(step)
+        if in_memory(self._data):  # and draws nothing: spare the seeds
+            return fetch(self._data, indices)
+        return read(self._data, indices, self._sampler.sample_seeds(step))
