@@ -135,12 +135,17 @@ class PeerComm:
         pieces = 1 if whole else min(PIECES, max(1, nbytes(message) // LEAST_PIECE))
         arrivals = self._begin(dict.fromkeys(hearers, sent), received, step, pieces)
         # While messages are under way; on a GPU the sum is taken in the first one's memory.
-        mixed = None if self._on_gpu else own.to(dtype) * own_weight
+        mixed = own.to(dtype) * own_weight if whole and not self._on_gpu else None
+        if not whole and heard:
+            mixed = torch.empty_like(own, dtype=dtype)
         for peer, piece in arrivals:
             if not whole:
-                assert mixed is not None, "on a CPU"
-                theirs = received[peer].view(-1)[piece].to(dtype)
-                mixed.view(-1)[piece].add_(theirs, alpha=heard[peer])
+                assert mixed is not None, "as it has been made"
+                total = mixed.view(-1)[piece]
+                # The own share by pieces too: all of it at once would keep the sending waiting.
+                if peer == next(iter(heard)):
+                    torch.mul(own.view(-1)[piece].to(dtype), own_weight, out=total)
+                total.add_(received[peer].view(-1)[piece].to(dtype), alpha=heard[peer])
                 continue
             theirs = decode(self._arrived(received.pop(peer))).to(dtype)
             if mixed is None:
