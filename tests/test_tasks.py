@@ -407,26 +407,37 @@ def test_plain_sgd_learns_digits(name: str, accuracy: float):
 
 # --- every built-in task ---
 
-SMALL: dict[str, dict[str, Any]] = {
-    "quadratic": {"samples_per_worker": 6},
-    "logistic": {"samples_per_worker": 6},
-    "digits": {},
-    "text": {"file": __file__, "context": 8, "model": {"name": "gpt", "width": 8, "heads": 2}},
-}
-assert SMALL.keys() == TASKS.keys()
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Options that make each task small, by its name."""
+    file = tmp_path_factory.mktemp("images") / "images.npz"
+    x, y = np.arange(12 * 16, dtype=np.uint8).reshape(12, 4, 4), np.arange(12) % 3
+    np.savez(file, train_x=x, train_y=y, test_x=x, test_y=y)
+    options: dict[str, dict[str, Any]] = {
+        "quadratic": {"samples_per_worker": 6},
+        "logistic": {"samples_per_worker": 6},
+        "digits": {},
+        "text": {"file": __file__, "context": 8, "model": {"name": "gpt", "width": 8, "heads": 2}},
+        "images": {"file": str(file)},
+    }
+    assert options.keys() == TASKS.keys()
+    return options
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_task_is_a_function_of_its_arguments_and_leaves_the_generators_alone(name: str):
+def test_a_task_is_a_function_of_its_arguments_and_leaves_the_generators_alone(
+    name: str, small: dict[str, dict[str, Any]]
+):
     torch.manual_seed(0)
     np.random.seed(0)
     expected = (torch.rand(3), np.random.rand())
     torch.manual_seed(0)
     np.random.seed(0)
-    one = TASKS[name](3, 5, **SMALL[name])
+    one = TASKS[name](3, 5, **small[name])
     assert torch.equal(torch.rand(3), expected[0])
     assert np.random.rand() == expected[1]
-    two = TASKS[name](3, 5, **SMALL[name])  # with the generators elsewhere
+    two = TASKS[name](3, 5, **small[name])  # with the generators elsewhere
     assert_equal_tensors(one.train, two.train)
     for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True):
         assert a.dtype == torch.float32
@@ -440,8 +451,10 @@ def test_the_seed_changes_the_initial_model():
 
 @pytest.mark.parametrize("model", [{"name": "mlp"}, {"name": "cnn"}])
 @pytest.mark.parametrize("name", TASKS)
-def test_model_and_loss_and_accuracy_stack_over_workers(name: str, model: dict[str, str]):
-    task = TASKS[name](3, 0, **SMALL[name], **({"model": model} if name == "digits" else {}))
+def test_model_and_loss_and_accuracy_stack_over_workers(
+    name: str, model: dict[str, str], small: dict[str, dict[str, Any]]
+):
+    task = TASKS[name](3, 0, **small[name], **({"model": model} if name == "digits" else {}))
     parameters = {
         key: torch.stack([p.detach().double() + 0.1 * i for i in range(3)])
         for key, p in task.model.named_parameters()

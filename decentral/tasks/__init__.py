@@ -7,6 +7,7 @@ and a user's own task is any function of that shape: no option needs a schema be
 from collections.abc import Callable
 
 from decentral.tasks.digits import digits
+from decentral.tasks.images import images
 from decentral.tasks.logistic import logistic
 from decentral.tasks.models import MODELS, build_model, seeded
 from decentral.tasks.partition import (
@@ -28,6 +29,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "logistic": logistic,
     "digits": digits,
     "text": text,
+    "images": images,
 }
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "fetch",
     "hold_out",
     "iid",
+    "images",
     "known_labels",
     "label_counts",
     "labels",

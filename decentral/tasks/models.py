@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from pydantic import PositiveInt
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from decentral.errors import UserError
 from decentral.signature import bind, choose
@@ -48,7 +49,50 @@ def cnn(
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1] * height * width, classes))
 
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "cnn": cnn}
+def resnet(
+    shape: Sequence[int], classes: int, *, depth: PositiveInt = 20, width: PositiveInt = 16
+) -> nn.Module:
+    """The residual network for CIFAR-10 of He et al. 2016 (arXiv 1512.03385), with GroupNorm.
+
+    Three stages of (depth - 2) / 6 blocks, `width`, twice and four times as many channels; groups
+    of 8 channels, or all in one where 8 do not divide them. A convolution of 1x1 where the shape
+    changes.
+    """
+    blocks, left = divmod(depth - 2, 6)
+    if left or not blocks:
+        raise UserError(
+            f"is 6 blocks + 2, such as 8, 20, 32, 44 or 56; got {depth}", "task.model.depth"
+        )
+    layers = [*_normalised(shape[0], width, 1), nn.ReLU()]
+    before = width
+    for stage in range(3):
+        for block in range(blocks):
+            layers.append(Residual(before, width << stage, 2 if stage and not block else 1))
+            before = width << stage
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions, whose result is added to what came in."""
+
+    def __init__(self, before: int, width: int, stride: int):
+        super().__init__()
+        self.inner = nn.Sequential(
+            *_normalised(before, width, stride), nn.ReLU(), *_normalised(width, width, 1)
+        )
+        same = before == width and stride == 1
+        self.skip = nn.Identity() if same else nn.Conv2d(before, width, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu(self.inner(x) + self.skip(x))
+
+
+def _normalised(before: int, width: int, stride: int) -> list[nn.Module]:
+    groups = width // 8 if width % 8 == 0 else 1
+    return [nn.Conv2d(before, width, 3, stride, 1, bias=False), nn.GroupNorm(groups, width)]
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "cnn": cnn, "resnet": resnet}
 
 
 def build_model(
