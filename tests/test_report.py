@@ -207,6 +207,19 @@ def test_any_column_is_drawn_and_what_is_in_force_where_it_changes(fake, tmp_pat
     assert charts["period"].steps
 
 
+def test_wall_clock_time_is_an_axis_of_runs_that_were_no_simulations(fake, tmp_path):
+    rows = [record(5, 4.0), record(10, 2.0)]
+    fake("sim", rows)
+    assert [axis.name for axis in curves.axes(grouped(tmp_path))] == ["step", "bytes", "time"]
+    fake("ray", rows, engine="ray")
+    made = grouped(tmp_path)
+    assert [axis.name for axis in curves.axes(made)] == ["step", "bytes", "time", "wall"]
+    (real,) = (group for group in made if group.config["engine"] == "ray")
+    found = curves.curve(0, real, "loss")
+    assert found is not None
+    np.testing.assert_allclose(found.x["wall"], [2.5, 5])  # not 0.05 and 0.1 as simulated
+
+
 def test_targets_are_reached_or_not(fake, tmp_path):
     fake("a", [record(5, 4.0, eval_accuracy=0.5), record(10, 2.0), record(20, 0.5)])
     fake("b", [record(5, 3.0, eval_accuracy=0.95), record(10, None), record(20, 9.0)], seed=1)
@@ -275,6 +288,40 @@ def test_a_topology_has_bandwidths_on_its_links_and_labels_at_its_workers(fake, 
     told = []
     assert networks.pictures(made, told.append) == []
     assert "pair.gml is not there any more" in told[0]
+
+
+def test_a_link_that_goes_one_way_has_an_arrow_that_ends_outside_the_worker(fake, tmp_path):
+    fake("a", [record(9, 1.0)], workers=4, topology={"name": "exponential"})
+    (picture,) = networks.pictures(grouped(tmp_path), print)
+    # i -> i+1 one way; i -> i+2 is there and back, one line.
+    arrows = [link for link in picture.links if link.arrow]
+    assert len(arrows) == 4
+    assert len(picture.links) == 6
+    places = np.array([(worker.x, worker.y) for worker in picture.workers])
+    for link in arrows:
+        starts = np.hypot(*(places - (link.x1, link.y1)).T)
+        ends = np.hypot(*(places - (link.x2, link.y2)).T)
+        i, j = int(starts.argmin()), int(ends.argmin())
+        assert j == (i + 1) % 4
+        assert starts[i] == pytest.approx(0)
+        assert ends[j] == pytest.approx(picture.workers[j].radius)
+
+
+def test_links_have_the_bandwidths_of_the_cluster_where_the_topology_says_none(fake, tmp_path):
+    cluster = tmp_path / "cluster.gml"
+    nodes = " ".join(f'node [ id {i} label "{i}" ]' for i in range(4))
+    cables = " ".join(
+        f"edge [ source {i} target {(i + 1) % 4} bandwidth_gbps {i + 1} ]" for i in range(4)
+    )
+    cluster.write_text(f"graph [ {nodes} {cables} ]")
+    network = {"file": str(cluster), "compute_ms": 1}
+    fake("a", [record(9, 1.0)], workers=4, topology={"name": "ring"}, network=network)
+    (picture,) = networks.pictures(grouped(tmp_path), print)
+    assert sorted(link.label for link in picture.links) == ["1", "2", "3", "4"]
+    thickness = {link.label: link.thickness for link in picture.links}
+    assert thickness["4"] == pytest.approx(5)
+    assert thickness["1"] == pytest.approx(3)  # 1 + 4 sqrt(1/4)
+    assert "Gbit/s" in picture.caption
 
 
 # What a run directory may hold.
