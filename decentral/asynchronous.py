@@ -55,7 +55,7 @@ class OwnModel:
 
     def descend(self, direction: Tensor) -> None:
         """The local optimizer's step on x, `direction` in the place of the gradient."""
-        self.x.grad = direction
+        self.x.grad = direction.contiguous()
         self.optimizer.step()
 
 

@@ -6,7 +6,7 @@ element's update may depend on that element's own history alone.
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Annotated, Any, Literal, Protocol
 
@@ -141,8 +141,10 @@ def optimizer(name: str, options: dict[str, Any]) -> MakeOptimizer:
     if not bound["lr"] >= 0:
         raise UserError(f"must be at least 0; got {bound['lr']!r}", "optimizer.lr")
 
-    def make(parameters: list[Tensor]) -> torch.optim.Optimizer:
-        return kind(parameters, **bound)
+    def make(parameters: list[Any]) -> torch.optim.Optimizer:
+        tensors = [t for of in parameters for t in (of["params"] if isinstance(of, dict) else [of])]
+        fused = {"fused": True} if fuses(kind, bound, tensors) else {}
+        return kind(parameters, **bound, **fused)
 
     try:
         element_wise = is_element_wise(make)
@@ -294,6 +296,25 @@ def check_schedule(make: MakeScheduler, make_optimizer: MakeOptimizer, steps: in
             scheduler.step()
     except Exception as error:  # torch checks some options, and trips over others
         raise UserError(f"torch refuses it: {error}", "lr_schedule") from None
+
+
+def fuses(
+    kind: type[torch.optim.Optimizer], options: Mapping[str, Any], tensors: Iterable[Tensor]
+) -> bool:
+    """Whether to take torch's fused form of an optimizer: one pass over memory, and not one for
+    each operation.
+
+    On a CPU, where torch takes it on request only, and where no option asks for another form. Not
+    for tensors with gaps, such as columns of a matrix: torch 2.13 writes into the gaps.
+    """
+    return (
+        kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+        and options.get("foreach") is None
+        and options.get("fused") is None
+        and not (options.get("capturable") or options.get("differentiable"))
+        and not isinstance(options.get("lr"), Tensor)
+        and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+    )
 
 
 def is_element_wise(make: MakeOptimizer) -> bool:

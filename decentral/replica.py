@@ -237,7 +237,7 @@ class Replica:
 
     def descend(self, direction: Tensor) -> None:
         """The local optimizer's step on x, `direction` in the place of the gradient."""
-        self.x.grad = direction
+        self.x.grad = direction.contiguous()
         self.optimizer.step()
 
     @property

@@ -34,7 +34,7 @@ from decentral.errors import UserError
 from decentral.experiment import algorithm_of, common_key, topology_of, worker_keys
 from decentral.gradients import Layout
 from decentral.mixing import Mixing
-from decentral.optimizers import is_element_wise
+from decentral.optimizers import fuses, is_element_wise
 from decentral.peer import Patience, PeerComm, own_group
 from decentral.replica import Replica, Segment, squared_distance
 from decentral.topology import Topology
@@ -372,8 +372,22 @@ class _FlatStepper:
         assert self._flat.grad is not None, "and how it descends"
         for piece, along in zip(self._slices, self._flat.grad.split(self._sizes), strict=True):
             piece.grad = along
-        with self._on_slices():
+        with self._on_slices(), self._fused():
             self.optimizer.step()
+
+    @contextmanager
+    def _fused(self) -> Iterator[None]:
+        """Take torch's fused form where a group asks for none: see `fuses`."""
+        groups = self.optimizer.param_groups
+        fused = [g for g in groups if fuses(type(self.optimizer), g, g["params"])]
+        before = [group["fused"] for group in fused]
+        for group in fused:
+            group["fused"] = True
+        try:
+            yield
+        finally:
+            for group, own in zip(fused, before, strict=True):
+                group["fused"] = own
 
     def state_dict(self) -> dict[str, Any]:
         with self._on_slices():

@@ -45,6 +45,42 @@ def built(quick, **overrides):
     return build(configs.load(quick, overrides))
 
 
+# torch's fused forms.
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sgd", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
+        ("adam", {"weight_decay": 0.01}),
+        ("adamw", {"amsgrad": True}),
+    ],
+)
+def test_a_fused_step_is_the_plain_one(name, options):
+    start, gradients = array(3, 7), array(5, 3, 7, seed=1)
+    found = []
+    for form in ({}, {"foreach": False}):
+        x = start.clone()
+        stepper = optimizer(name, {"lr": 0.1} | options | form)([x])
+        assert bool(stepper.param_groups[0]["fused"]) == (not form)
+        for gradient in gradients:
+            x.grad = gradient.clone()
+            stepper.step()
+        found.append(x)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+    assert (found[0] - start).abs().min() > 1e-3
+
+
+def test_columns_of_a_matrix_are_stepped_on_alone():
+    x = array(4, 6)
+    start, columns = x.clone(), x[:, 1:3]
+    stepper = optimizer("sgd", {"lr": 1.0, "momentum": 0.9})([columns])
+    columns.grad = torch.ones(4, 6, dtype=x.dtype)[:, 1:3]
+    stepper.step()
+    start[:, 1:3] -= 1
+    torch.testing.assert_close(x, start, rtol=0, atol=1e-15)
+
+
 # Lion.
 
 

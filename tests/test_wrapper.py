@@ -285,7 +285,8 @@ def freezing(model, optimizer, scheduler, step):
 
 OPTIMIZERS = {
     "sgd": lambda groups: torch.optim.SGD(groups, 0.1, 0.9, nesterov=True, weight_decay=0.01),
-    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.02, weight_decay=0.1),
+    # The bias before the norm has no gradient but rounding, which a small eps would blow up.
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.02, weight_decay=0.1, eps=1e-4),
 }
 
 
