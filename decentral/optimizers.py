@@ -143,8 +143,8 @@ def optimizer(name: str, options: dict[str, Any]) -> MakeOptimizer:
 
     def make(parameters: list[Any]) -> torch.optim.Optimizer:
         tensors = [t for of in parameters for t in (of["params"] if isinstance(of, dict) else [of])]
-        fused = {"fused": True} if fuses(kind, bound, tensors) else {}
-        return kind(parameters, **bound, **fused)
+        form = {"fused": True} if fuses(kind, bound, tensors) else {}
+        return kind(parameters, **(bound | form))
 
     try:
         element_wise = is_element_wise(make)
