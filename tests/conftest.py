@@ -2,9 +2,47 @@
 
 import pytest
 import torch
+from sharing import SharedCluster
 
 # Small tensors gain nothing from threads, and lose much where tests share the cores with others.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that must be without the shared cluster come last, so that it starts once."""
+    items.sort(key=lambda item: "alone" in item.fixturenames)
+
+
+@pytest.fixture(scope="session")
+def shared_cluster():
+    shared = SharedCluster()
+    yield shared
+    shared.down()
+
+
+@pytest.fixture
+def cluster(shared_cluster):
+    """The cluster that tests share: a run on Ray joins it."""
+    return shared_cluster.up()
+
+
+@pytest.fixture
+def on_shared_actors(cluster, monkeypatch):
+    """A run on Ray takes the workers' processes that tests share, too."""
+    from decentral.engines import ray as ray_engine
+
+    whole = ray_engine.RayEngine
+
+    def engine(experiment, say):
+        return whole(experiment, say, cluster.actors(experiment.config.workers))
+
+    monkeypatch.setattr(ray_engine, "RayEngine", engine)
+
+
+@pytest.fixture(scope="module")
+def alone(shared_cluster):
+    """This process is in no Ray cluster, unless a test starts one of its own."""
+    shared_cluster.down()
 
 
 @pytest.fixture

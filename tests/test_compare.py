@@ -500,8 +500,8 @@ def test_a_sweep_outlives_the_death_of_a_process_and_of_its_driver(sweep, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_ray_cluster_gives_identical_records(sweep, tmp_path, runner, monkeypatch):
-    """The same sweep in this process and as tasks of a local cluster of its own, bit for bit."""
+def test_a_ray_cluster_gives_identical_records(cluster, sweep, tmp_path, runner, monkeypatch):
+    """The same sweep in this process and as tasks of a cluster, bit for bit."""
     sweep["compare"]["grid"]["optimizer.lr"] = [0.1]
     decentral.compare(sweep, out=tmp_path / "here")
     monkeypatch.undo()

@@ -22,6 +22,8 @@ from decentral.engines.ray import RayEngine, _token
 from decentral.engines.worker import Group, Surroundings, Worker
 from decentral.experiment import build
 
+pytestmark = pytest.mark.usefixtures("alone")  # tokens are of the process
+
 TOKEN_NAMES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
