@@ -6,7 +6,7 @@ the first test that asks.
 
 from typing import Any
 
-CPUS = 12  # logical; what a run's own actors take besides the shared ones
+CPUS = 10  # logical; what a run's own actors take besides the shared ones
 
 
 class SharedCluster:
