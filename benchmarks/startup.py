@@ -36,7 +36,7 @@ CONFIG: dict[str, Any] = {
     "network": {"compute_ms": 1},
 }
 STEP_MS = 20.0  # of the step that steering is held against
-LENGTHS = (1, 10, 100, 1000)  # steps of a segment
+LENGTHS = (1, 10, 100)  # steps of a segment
 # What is over at each moment, in this order.
 PARTS = ("imports", "checks", "ray", "processes", "experiments", "groups", "first step")
 
@@ -88,8 +88,8 @@ def main(
 
 def measure(workers: int, segments: int, lengths: list[int]) -> dict[str, Any]:
     """Of one run, in a process that has done nothing else."""
-    import decentral.coordinator
     from decentral.config import load
+    from decentral.coordinator import Coordinator
     from decentral.engines import ray as ray_engine
     from decentral.experiment import build
     from decentral.replica import Averaging, Segment
@@ -114,29 +114,14 @@ def measure(workers: int, segments: int, lengths: list[int]) -> dict[str, Any]:
         moments.append(time.time())
         engine = Told(experiment)
         moments.append(time.time())
-        coordinator = decentral.coordinator.Coordinator(experiment, engine)
-        engine.run(Segment(0, 1, Averaging.NEIGHBOURS, False, False))
-        moments.append(time.time())
-        processor = processor_s()
-        steering, step = {n: [] for n in lengths}, 1
-        for _ in range(segments + 1):
-            for n in lengths:
-                segment = Segment(step, step + n, Averaging.NOBODY, False, False)
-                began = time.perf_counter()
-                report = engine.run(segment)
-                told = time.perf_counter()
-                coordinator._count_in(step, report)
-                clock_s = time.perf_counter() - told
-                step += n
-                steering[n].append((told - began, clock_s, len(pickle.dumps(report))))
-        engine.close()
+        try:
+            engine.run(Segment(0, 1, Averaging.NEIGHBOURS, False, False))
+            moments.append(time.time())
+            processor = processor_s()
+            rows = steer(engine, Coordinator(experiment, engine), segments, lengths)
+        finally:
+            engine.close()
     seconds = {part: b - a for part, a, b in zip(PARTS, moments, moments[1:], strict=True)}
-    rows = []
-    for n, measured in steering.items():
-        run_s, clock_s, size = (statistics.median(column) for column in zip(*measured[1:]))  # noqa: B905
-        rows.append(
-            {"steps": n, "segment_ms": run_s * 1e3, "clock_ms": clock_s * 1e3, "report_bytes": size}
-        )
     return {
         "start": {
             "seconds": moments[-1] - moments[0],
@@ -146,6 +131,33 @@ def measure(workers: int, segments: int, lengths: list[int]) -> dict[str, Any]:
         "segment_ms": at_zero([(row["steps"], row["segment_ms"]) for row in rows]),
         "steering": rows,
     }
+
+
+def steer(
+    engine: Any, coordinator: Any, segments: int, lengths: list[int]
+) -> list[dict[str, float]]:
+    """Run segments of these lengths in turns, once to warm up: the medians of each length."""
+    from decentral.replica import Averaging, Segment
+
+    measured: dict[int, list[tuple[float, float, int]]] = {n: [] for n in lengths}
+    step = 1
+    for turn in range(segments + 1):
+        for n in lengths:
+            began = time.perf_counter()
+            report = engine.run(Segment(step, step + n, Averaging.NOBODY, False, False))
+            told = time.perf_counter()
+            coordinator._count_in(step, report)
+            clock_s = time.perf_counter() - told
+            step += n
+            if turn:
+                measured[n].append((told - began, clock_s, len(pickle.dumps(report))))
+    rows = []
+    for n, times in measured.items():
+        run_s, clock_s, size = (statistics.median(column) for column in zip(*times, strict=True))
+        rows.append(
+            {"steps": n, "segment_ms": run_s * 1e3, "clock_ms": clock_s * 1e3, "report_bytes": size}
+        )
+    return rows
 
 
 def at_zero(points: list[tuple[int, float]]) -> float:

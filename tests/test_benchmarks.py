@@ -39,6 +39,10 @@ SMALL = {
     ],
     "simulator_rate": ["--workers", "4", "--workers", "8", "--repeats", "1"],
     "soak": ["--kills", "1"],
+    "startup": [
+        *("--workers", "2", "--starts", "1", "--segments", "1"),
+        *("--lengths", "1", "--lengths", "5"),
+    ],
     "transients": [
         *("--trials", "3", "--steps", "40", "--stage", "20", "--samples", "20", "--law", "own"),
         *("--workers", "4", "--workers", "6"),
@@ -158,6 +162,17 @@ def test_the_verdict_of_gossip_pga_digits_follows_its_figures(outputs):
     assert versus["accuracy_at_least"] == (versus["accuracy"]["mean"] >= 0)
     said = "holds" if below and versus["accuracy_at_least"] else "does not hold"
     assert f"The claim {said} for these figures" in " ".join(text.split())
+
+
+def test_the_parts_of_a_start_are_all_of_it_and_a_segment_costs_what_its_line_says(outputs):
+    result, _ = outputs["startup"]
+    start, rows = result["start"], result["steering"]
+    assert sum(start["parts_s"].values()) == pytest.approx(start["seconds"], rel=1e-2)
+    assert all(seconds > 0 for seconds in start["processor_s"].values())
+    (short, short_ms), (long, long_ms) = ((row["steps"], row["segment_ms"]) for row in rows)
+    assert (short, long) == (1, 5)
+    at_zero = short_ms - (long_ms - short_ms) / 4
+    assert result["segment_ms"] == pytest.approx(at_zero, rel=0.01, abs=0.01)
 
 
 def test_simulator_rate_measures_the_sizes_asked_for(outputs):
