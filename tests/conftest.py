@@ -1,8 +1,13 @@
 """Shared by all tests."""
 
+import os
+
 import pytest
 import torch
 from sharing import SharedCluster
+
+# Ray's own is 15: workers would yield to whatever else the machine does, while tests wait.
+os.environ.setdefault("RAY_worker_niceness", str(os.nice(0)))
 
 # Small tensors gain nothing from threads, and lose much where tests share the cores with others.
 torch.set_num_threads(1)

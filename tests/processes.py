@@ -61,10 +61,13 @@ def run_on_ranks(n: int, function: Callable[..., Any], *arguments: Any) -> list[
             assert ready, f"only ranks {sorted(results)} have come to an end"
             for connection in ready:
                 assert isinstance(connection, Connection)
-                result, error = connection.recv()
+                rank = ranks[connection]
+                try:
+                    results[rank], error = connection.recv()
+                except EOFError:
+                    error = "its process died"
                 if error:
-                    raise AssertionError(f"rank {ranks[connection]} failed:\n{error}")
-                results[ranks[connection]] = result
+                    raise AssertionError(f"rank {rank} failed:\n{error}")
     except BaseException:  # who knows what the others wait for
         while _PROCESSES:
             _PROCESSES.pop().end()
