@@ -1,6 +1,7 @@
 """Shared by all tests."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -8,6 +9,10 @@ from sharing import SharedCluster
 
 # Ray's own is 15: workers would yield to whatever else the machine does, while tests wait.
 os.environ.setdefault("RAY_worker_niceness", str(os.nice(0)))
+
+# A shell's background jobs ignore Ctrl-C, and so would the processes that tests send it to.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Small tensors gain nothing from threads, and lose much where tests share the cores with others.
 torch.set_num_threads(1)
