@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -121,7 +122,7 @@ def measure(workers: int, segments: int, lengths: list[int]) -> dict[str, Any]:
             rows = steer(engine, Coordinator(experiment, engine), segments, lengths)
         finally:
             engine.close()
-    seconds = {part: b - a for part, a, b in zip(PARTS, moments, moments[1:], strict=True)}
+    seconds = {part: b - a for part, (a, b) in zip(PARTS, pairwise(moments), strict=True)}
     return {
         "start": {
             "seconds": moments[-1] - moments[0],

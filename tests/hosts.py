@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -195,21 +194,21 @@ def ray_hosts(
     try:
         with hosts(k, rate_mbit) as made:
             head = f"{made.addresses[0]}:{RAY_PORT}"
-
-            def start(i: int, *where: str) -> None:
+            for i, address in enumerate(made.addresses):
+                where = (
+                    ["--head", f"--port={RAY_PORT}", "--include-dashboard=false"]
+                    if i == 0
+                    else [f"--address={head}"]
+                )
                 made.run(
                     i,
                     *(sys.executable, "-m", "ray.scripts.scripts", "start", *where),
-                    f"--node-ip-address={made.addresses[i]}",
+                    f"--node-ip-address={address}",
                     f"--num-cpus={cpus}",
                     f"--object-store-memory={100 * 2**20}",
                     "--disable-usage-stats",
                     environment=environment,
                 )
-
-            start(0, "--head", f"--port={RAY_PORT}", "--include-dashboard=false")
-            with ThreadPoolExecutor() as others:
-                list(others.map(lambda i: start(i, f"--address={head}"), range(1, k)))
             yield made, environment
     finally:
         shutil.rmtree(folder, ignore_errors=True)
