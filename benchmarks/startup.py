@@ -102,13 +102,13 @@ def measure(workers: int, segments: int, lengths: list[int]) -> dict[str, Any]:
     class Told(ray_engine.RayEngine):
         """Notes when its processes are there, and when they have built their experiments."""
 
-        def _place(self, *arguments: Any) -> None:
+        def _place(self, nodes: Any) -> None:
             moments.append(time.time())
-            super()._place(*arguments)
+            super()._place(nodes)
 
-        def _connect_all(self, *arguments: Any) -> None:
+        def _connect_all(self, group: Any, blank: Any = None) -> None:
             moments.append(time.time())
-            super()._connect_all(*arguments)
+            super()._connect_all(group, blank)
 
     # The engine finds the cluster there, and leaves it to us.
     with ray_engine.connect(experiment.config.ray, workers):
@@ -161,7 +161,7 @@ def steer(
     return rows
 
 
-def at_zero(points: list[tuple[int, float]]) -> float:
+def at_zero(points: list[tuple[float, float]]) -> float:
     """Where the line through the first and the last point is at 0: of short segments and long ones,
     whose steps take the same time."""
     (n, a), (m, b) = points[0], points[-1]

@@ -209,7 +209,7 @@ def scattered(shared_cluster):
     actors = [make.remote(f"node {i % 3}") for i in range(6)]
     yield actors
     for actor in actors:
-        ray.kill(actor)
+        ray.kill(actor)  # pyright: ignore[reportArgumentType]: it takes what `remote` gives
 
 
 @pytest.mark.slow
