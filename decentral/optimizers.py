@@ -146,7 +146,7 @@ def optimizer(name: str, options: dict[str, Any]) -> MakeOptimizer:
 
     def make(parameters: list[Any]) -> torch.optim.Optimizer:
         tensors = [t for of in parameters for t in (of["params"] if isinstance(of, dict) else [of])]
-        form = {"fused": True} if fuses(kind, bound, tensors) else {}
+        form: dict[str, Any] = {"fused": True} if fuses(kind, bound, tensors) else {}
         made = kind(parameters, **(bound | form))
         made.step = MethodType(step, made)  # pyright: ignore[reportAttributeAccessIssue]
         return made
