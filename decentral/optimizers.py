@@ -8,6 +8,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
+from types import MethodType
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
@@ -141,10 +142,14 @@ def optimizer(name: str, options: dict[str, Any]) -> MakeOptimizer:
     if not bound["lr"] >= 0:
         raise UserError(f"must be at least 0; got {bound['lr']!r}", "optimizer.lr")
 
+    step = _without_the_compiler(kind)
+
     def make(parameters: list[Any]) -> torch.optim.Optimizer:
         tensors = [t for of in parameters for t in (of["params"] if isinstance(of, dict) else [of])]
-        form = {"fused": True} if fuses(kind, bound, tensors) else {}
-        return kind(parameters, **(bound | form))
+        form: dict[str, Any] = {"fused": True} if fuses(kind, bound, tensors) else {}
+        made = kind(parameters, **(bound | form))
+        made.step = MethodType(step, made)  # pyright: ignore[reportAttributeAccessIssue]
+        return made
 
     try:
         element_wise = is_element_wise(make)
@@ -315,6 +320,22 @@ def fuses(
         and not isinstance(options.get("lr"), Tensor)
         and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
     )
+
+
+def _without_the_compiler(kind: type[torch.optim.Optimizer]) -> Callable[..., Any]:
+    """The method `step` of a torch optimizer, hooks and all, that does not import torch.compile's
+    machinery: each process would spend as long on it as on torch itself.
+
+    torch wraps `step` in what tells the compiler where a graph ends, and other methods so that the
+    compiler leaves them alone. Of these the first call imports it, to be told how, unless the
+    method has that in its attribute `__dynamo_disable` already.
+    """
+    for method in vars(torch.optim.Optimizer).values():
+        wrapped = getattr(method, "__wrapped__", None)
+        if wrapped is not None:
+            vars(wrapped).setdefault("__dynamo_disable", wrapped)
+    step = torch.no_grad()(inspect.unwrap(kind.step))
+    return torch.optim.Optimizer.profile_hook_step(step)
 
 
 def is_element_wise(make: MakeOptimizer) -> bool:

@@ -1,10 +1,58 @@
 """Shared by all tests."""
 
+import os
+import signal
+
 import pytest
 import torch
+from sharing import SharedCluster
+
+# Ray's own is 15: workers would yield to whatever else the machine does, while tests wait.
+os.environ.setdefault("RAY_worker_niceness", str(os.nice(0)))
+
+# A shell's background jobs ignore Ctrl-C, and so would the processes that tests send it to.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Small tensors gain nothing from threads, and lose much where tests share the cores with others.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that must be without the shared cluster come last, so that it starts once."""
+    items.sort(key=lambda item: "alone" in item.fixturenames)
+
+
+@pytest.fixture(scope="session")
+def shared_cluster():
+    shared = SharedCluster()
+    yield shared
+    shared.down()
+
+
+@pytest.fixture
+def cluster(shared_cluster):
+    """The cluster that tests share: a run on Ray joins it."""
+    return shared_cluster.up()
+
+
+@pytest.fixture
+def on_shared_actors(cluster, monkeypatch):
+    """A run on Ray takes the workers' processes that tests share, too."""
+    from decentral.engines import ray as ray_engine
+
+    whole = ray_engine.RayEngine
+
+    def engine(experiment, say):
+        return whole(experiment, say, cluster.actors(experiment.config.workers))
+
+    monkeypatch.setattr(ray_engine, "RayEngine", engine)
+
+
+@pytest.fixture(scope="module")
+def alone(shared_cluster):
+    """This process is in no Ray cluster, unless a test starts one of its own."""
+    shared_cluster.down()
 
 
 @pytest.fixture

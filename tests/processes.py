@@ -1,13 +1,20 @@
-"""Run a function on n gloo ranks, each a spawned process: for tests of what crosses processes."""
+"""Run a function on n gloo ranks, each a process: for tests of what crosses processes.
 
+The processes stay for the next call, for each takes seconds to import torch.
+"""
+
+import multiprocessing
 import socket
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+PATIENCE_S = 120.0
 
 
 def free_port() -> int:
@@ -16,46 +23,80 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+class _Process:
+    """One process that serves as a rank, call after call."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self.connection.close()
+
+
+_PROCESSES: list[_Process] = []
+
+
 def run_on_ranks(n: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`function(rank, *arguments)` on every rank, in a gloo group; its results by rank.
 
     `function` must be importable; an error on any rank is raised here with its traceback.
     """
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    port = free_port()
-    processes = [
-        context.Process(target=_main, args=(rank, n, port, queue, function, arguments), daemon=True)
-        for rank in range(n)
-    ]
-    for process in processes:
-        process.start()
+    while len(_PROCESSES) < n:
+        _PROCESSES.append(_Process())
+    port, deadline = free_port(), time.monotonic() + PATIENCE_S
+    ranks = {process.connection: rank for rank, process in enumerate(_PROCESSES[:n])}
     results: dict[int, Any] = {}
     try:
-        for _ in range(n):
-            rank, result, error = queue.get(timeout=120)
-            if error:
-                raise AssertionError(f"rank {rank} failed:\n{error}")
-            results[rank] = result
-    finally:
-        for process in processes:
-            process.join(timeout=10)
-            if process.is_alive():
-                process.kill()
+        for connection, rank in ranks.items():
+            connection.send((rank, n, port, function, arguments))
+        while len(results) < n:
+            awaited = [connection for connection in ranks if ranks[connection] not in results]
+            ready = wait(awaited, deadline - time.monotonic())
+            assert ready, f"only ranks {sorted(results)} have come to an end"
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                rank = ranks[connection]
+                try:
+                    results[rank], error = connection.recv()
+                except EOFError:
+                    error = "its process died"
+                if error:
+                    raise AssertionError(f"rank {rank} failed:\n{error}")
+    except BaseException:  # who knows what the others wait for
+        while _PROCESSES:
+            _PROCESSES.pop().end()
+        raise
     return [results[rank] for rank in range(n)]
 
 
-def _main(rank, n, port, queue, function, arguments):
+def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)
+    while True:
+        try:
+            call = connection.recv()
+        except EOFError:
+            return
+        connection.send(_answer(*call))
+
+
+def _answer(rank, n, port, function, arguments):
     try:
+        # Groups meet under a number that each process counts up by itself, in other groups too.
+        dist.distributed_c10d._world.group_count = 0
         store = dist.TCPStore("127.0.0.1", port, n, is_master=rank == 0)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=n)
         result = function(rank, *arguments)
         _meet(store, rank, n)  # not in the group, which may be what the function has broken
-        queue.put((rank, result, None))
         dist.destroy_process_group()
+        return result, None
     except BaseException:
-        queue.put((rank, None, traceback.format_exc()))
+        return None, traceback.format_exc()
 
 
 def _meet(store, rank, n):

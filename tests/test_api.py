@@ -245,14 +245,16 @@ def test_help_imports_nothing_heavy():
 
 
 @pytest.mark.slow
-def test_a_simulated_run_imports_no_ray_and_no_plotting():
+def test_a_run_imports_no_ray_no_plotting_no_scikit_learn_and_no_compiler():
+    """Seconds of each run's start, and in each worker's process. torch._dynamo is the compiler."""
     code = """
 import sys, decentral
 decentral.run({
-    "workers": 2, "steps": 2, "engine": "sim", "task": {"name": "quadratic"},
-    "optimizer": {"name": "sgd", "lr": 0.1}, "algorithm": {"name": "gossip_sgd"},
-    "topology": {"name": "ring"},
+    "workers": 2, "steps": 2, "engine": "sim", "task": {"name": "digits"},
+    "optimizer": {"name": "adam", "lr": 0.1}, "algorithm": {"name": "gossip_sgd"},
+    "lr_schedule": {"name": "cosine", "T_max": 2}, "topology": {"name": "ring"},
 })
-print([m for m in ('ray', 'matplotlib', 'sklearn') if m in sys.modules])
+names = ('ray', 'matplotlib', 'sklearn', 'torch._dynamo')
+print([m for m in names if m in sys.modules])
 """
     assert python(code) == "[]"

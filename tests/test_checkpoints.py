@@ -521,7 +521,7 @@ def test_a_worker_without_the_package_says_so(tmp_path):
 
 
 @pytest.mark.slow
-def test_workers_of_ray_do_not_see_the_drivers_memory(small, tmp_path, bucket):
+def test_workers_of_ray_do_not_see_the_drivers_memory(on_shared_actors, small, tmp_path, bucket):
     small |= {"engine": "ray", "workers": 2}
     small["checkpoint"]["path"] = bucket
     with pytest.raises(UserError, match=r"^checkpoint.path: worker 0 on node .* does not see"):

@@ -196,10 +196,9 @@ def test_a_second_ctrl_c_stops_at_once(place, task, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_process_that_is_told_to_stop_exits_with_130_and_resume_completes(place, number):
-    base = [sys.executable, "-m", "decentral", "run"]
+def test_a_process_that_is_told_to_stop_exits_with_130_and_resume_completes(place, number, capsys):
     changes = ["steps=1000000", "record.evaluate_every=null", "record.every=20"]
-    command = [*base, "good.yaml", *changes, "--out", "out"]
+    command = [sys.executable, "-m", "decentral", "run", "good.yaml", *changes, "--out", "out"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -215,10 +214,7 @@ def test_a_process_that_is_told_to_stop_exits_with_130_and_resume_completes(plac
     (checkpoint,) = (place / "out/checkpoints").iterdir()
     stopped = int(checkpoint.name.removeprefix("step-"))
     steps = stopped // 20 * 20 + 40
-    done = subprocess.run(
-        [*base, "--resume", "out", f"steps={steps}"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    call(capsys, "run", "--resume", "out", f"steps={steps}")
     assert [row["step"] for row in rows_of(place / "out")] == list(range(20, steps + 1, 20))
 
 

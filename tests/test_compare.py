@@ -12,6 +12,7 @@ import pandas
 import psutil
 import pytest
 import yaml
+from test_cli import call
 
 import decentral
 from decentral import UserError
@@ -468,14 +469,18 @@ def wait_for(condition, seconds=240):
 
 
 @pytest.mark.slow
-def test_a_sweep_outlives_the_death_of_a_process_and_of_its_driver(sweep, tmp_path):
+def test_a_sweep_outlives_the_death_of_a_process_and_of_its_driver(
+    sweep, tmp_path, monkeypatch, capsys
+):
     """In processes: one of them is killed, then the driver; the same command finishes the rest."""
     sweep["compare"]["grid"].pop("optimizer.lr")
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep | {"steps": 150}))
-    command = [sys.executable, "-m", "decentral", "compare", "sweep.yaml", "--out", "out"]
-    command += ["compare.processes=2", "--no-figures"]
+    words = ["compare", "sweep.yaml", "--out", "out", "compare.processes=2", "--no-figures"]
+    command = [sys.executable, "-m", "decentral", *words]
     out = tmp_path / "out"
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             wait_for(lambda: len(ended(out, "done")) >= 1)
             children = psutil.Process(process.pid).children()
@@ -491,17 +496,15 @@ def test_a_sweep_outlives_the_death_of_a_process_and_of_its_driver(sweep, tmp_pa
         assert "its process died (killed by SIGKILL" in process.stdout.read()
     assert not psutil.wait_procs(children, timeout=30)[1]
     before = ended(out, "done")
-    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert f"10 points, {len(before)} done before" in finished.stdout
+    assert f"10 points, {len(before)} done before" in call(capsys, *words)
     after = ended(out, "done")
     assert len(after) == 10
     assert {path: after[path] for path in before} == before
 
 
 @pytest.mark.slow
-def test_a_ray_cluster_gives_identical_records(sweep, tmp_path, runner, monkeypatch):
-    """The same sweep in this process and as tasks of a local cluster of its own, bit for bit."""
+def test_a_ray_cluster_gives_identical_records(cluster, sweep, tmp_path, runner, monkeypatch):
+    """The same sweep in this process and as tasks of a cluster, bit for bit."""
     sweep["compare"]["grid"]["optimizer.lr"] = [0.1]
     decentral.compare(sweep, out=tmp_path / "here")
     monkeypatch.undo()

@@ -9,13 +9,12 @@ import numpy as np
 import pandas
 import psutil
 import pytest
-import ray
 import torch
 
 import decentral
-from decentral.config import RayConfig, load
+from decentral.config import load
 from decentral.coordinator import Coordinator
-from decentral.engines.ray import RayEngine, start_actors, start_cluster
+from decentral.engines.ray import RayEngine
 from decentral.experiment import build
 
 pytestmark = pytest.mark.slow
@@ -37,27 +36,10 @@ COLUMNS = ["loss", "consensus_distance", "eval_loss"]
 DIAGNOSTICS = ("gradient_square", "sharpness", "hessian", "two_over_lr", "drift")
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    """One local cluster for all tests here: the engine joins what is there."""
-    start_cluster(12)
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def pool(cluster):
-    """Five actors that serve run after run: starting them is most of a short run's time."""
-    actors = start_actors(RayConfig(), 5)
-    yield actors
-    for actor in actors:
-        ray.kill(actor)
-
-
-def launched(config, pool):
-    """The metrics of a run on actors of the pool."""
+def launched(config, cluster):
+    """The metrics of a run on the actors that tests share."""
     experiment = build(config)
-    engine = RayEngine(experiment, actors=pool[: config.workers])
+    engine = RayEngine(experiment, actors=cluster.actors(config.workers))
     try:
         records = list(Coordinator(experiment, engine).run())
     finally:
@@ -65,11 +47,11 @@ def launched(config, pool):
     return pandas.DataFrame([record for record in records if record is not None])
 
 
-def both(pool, **overrides: Any):
+def both(cluster, **overrides: Any):
     """The quickstart, changed, on both engines: their metrics."""
     config = load(QUICKSTART, overrides)
     sim = decentral.run(QUICKSTART, engine="sim", **overrides)
-    return sim.metrics, launched(config, pool)
+    return sim.metrics, launched(config, cluster)
 
 
 def assert_equal(sim, launched, rtol, atol, until=None):
@@ -102,7 +84,7 @@ WHOLE = [
 
 
 @pytest.mark.parametrize(("algorithm", "topology", "workers"), WHOLE)
-def test_engines_agree_over_the_whole_run(pool, algorithm, topology, workers):
+def test_engines_agree_over_the_whole_run(cluster, algorithm, topology, workers):
     chosen = TOPOLOGIES[topology]
     overrides = {
         "workers": workers,
@@ -111,7 +93,7 @@ def test_engines_agree_over_the_whole_run(pool, algorithm, topology, workers):
         "dtype": "float64",
         "task.validation": 0.1,
     }
-    sim, launched = both(pool, **overrides)
+    sim, launched = both(cluster, **overrides)
     # atol: parallel replicas differ by nothing but the rounding of their mean, 1e-16 of x.
     assert_equal(sim, launched, rtol=1e-9, atol=1e-13)
 
@@ -119,11 +101,11 @@ def test_engines_agree_over_the_whole_run(pool, algorithm, topology, workers):
 @pytest.mark.parametrize(
     ("algorithm", "topology", "workers"), [case for case in WHOLE if case[2] == 5]
 )
-def test_engines_agree_in_float32_over_the_first_steps(pool, algorithm, topology, workers):
+def test_engines_agree_in_float32_over_the_first_steps(cluster, algorithm, topology, workers):
     """Rounding differs between a stacked and a single product, and grows from step to step."""
     chosen = TOPOLOGIES[topology]
     sim, launched = both(
-        pool,
+        cluster,
         workers=workers,
         steps=50,
         algorithm={"name": algorithm, **ALGORITHMS[algorithm]},
@@ -160,7 +142,7 @@ OWN_MOMENTUM = ("qg_dsgdm", "decentlam", "cbo")
 
 @pytest.mark.parametrize("topology", ["path", "exponential", "one_peer_exponential"])
 @pytest.mark.parametrize("algorithm", SYNCHRONOUS)
-def test_engines_agree_on_every_method(pool, algorithm, topology):
+def test_engines_agree_on_every_method(cluster, algorithm, topology):
     if (
         (algorithm in STATIC and topology == "one_peer_exponential")
         or (algorithm == "d2" and topology == "exponential")
@@ -169,7 +151,7 @@ def test_engines_agree_on_every_method(pool, algorithm, topology):
     ):
         pytest.skip(f"{algorithm} does not take {topology}, or does the same over each")
     sim, launched = both(
-        pool,
+        cluster,
         workers=4,
         steps=30,
         dtype="float64",
@@ -184,9 +166,9 @@ def test_engines_agree_on_every_method(pool, algorithm, topology):
     assert_equal(sim, launched, rtol=1e-9, atol=1e-13)
 
 
-def test_engines_agree_on_push_sum_over_a_graph_that_is_not_regular(pool):
+def test_engines_agree_on_push_sum_over_a_graph_that_is_not_regular(cluster):
     sim, launched = both(
-        pool,
+        cluster,
         workers=4,
         steps=30,
         dtype="float64",
@@ -197,9 +179,9 @@ def test_engines_agree_on_push_sum_over_a_graph_that_is_not_regular(pool):
 
 
 @pytest.mark.parametrize("algorithm", ["parallel_sgd", "local_sgd"])
-def test_engines_agree_on_batches_that_grow(pool, algorithm):
+def test_engines_agree_on_batches_that_grow(cluster, algorithm):
     sim, launched = both(
-        pool,
+        cluster,
         workers=3,
         steps=30,
         dtype="float64",
@@ -212,11 +194,11 @@ def test_engines_agree_on_batches_that_grow(pool, algorithm):
 
 
 @pytest.mark.parametrize("algorithm", ["ad_psgd", "a2cid2"])
-def test_asynchronous_methods_train_on_both_engines(pool, algorithm):
+def test_asynchronous_methods_train_on_both_engines(cluster, algorithm):
     """Who does which gradient is up to the machine there, and to the queue here: what is sent and
     the clock are the same, and both learn."""
     sim, launched = both(
-        pool,
+        cluster,
         workers=4,
         steps=300,
         algorithm={"name": algorithm, "schedule": {"name": "every", "period": 150}},
@@ -230,7 +212,7 @@ def test_asynchronous_methods_train_on_both_engines(pool, algorithm):
 
 
 @pytest.mark.parametrize("buffers", ["average", "local", "recalibrate"])
-def test_engines_agree_on_models_with_buffers(cluster, tmp_path, monkeypatch, buffers):
+def test_engines_agree_on_models_with_buffers(on_shared_actors, tmp_path, monkeypatch, buffers):
     (tmp_path / "normed.py").write_text(NORMED)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -262,13 +244,13 @@ def test_engines_agree_on_models_with_buffers(cluster, tmp_path, monkeypatch, bu
         np.testing.assert_allclose(value, launched[name], rtol=1e-9, err_msg=name)
 
 
-def test_engines_agree_on_a_method_of_the_users_own(pool, quick, tmp_path, monkeypatch):
+def test_engines_agree_on_a_method_of_the_users_own(cluster, quick, tmp_path, monkeypatch):
     (tmp_path / "drifting.py").write_text(DRIFTING)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     config = load(quick | {"algorithm": {"name": "drifting:drift", "share": 0.5}, "steps": 6})
     sim = decentral.run(config.model_dump(exclude_none=True)).metrics
-    assert_equal(sim, launched(config, pool), rtol=1e-9, atol=1e-13)
+    assert_equal(sim, launched(config, cluster), rtol=1e-9, atol=1e-13)
 
 
 DRIFTING = """
@@ -317,7 +299,7 @@ def make(workers, seed):
 
 @pytest.mark.parametrize("exclude", ["none", "norms_and_biases"])
 def test_engines_agree_on_a_model_with_every_kind_of_parameter(
-    cluster, tmp_path, monkeypatch, exclude
+    on_shared_actors, tmp_path, monkeypatch, exclude
 ):
     """Weights, biases, norms and an embedding that the output shares; some are frozen."""
     (tmp_path / "language.py").write_text(LANGUAGE)
@@ -445,7 +427,9 @@ def make(workers, seed):
 """
 
 
-def test_an_error_on_a_worker_is_told_and_the_records_are_kept(cluster, tmp_path, monkeypatch):
+def test_an_error_on_a_worker_is_told_and_the_records_are_kept(
+    on_shared_actors, tmp_path, monkeypatch
+):
     (tmp_path / "failing.py").write_text(FAILING)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -466,13 +450,13 @@ def test_an_error_on_a_worker_is_told_and_the_records_are_kept(cluster, tmp_path
     assert '"status": "failed"' in (tmp_path / "out/summary.json").read_text()
 
 
-def test_one_worker_runs_on_ray(pool):
-    sim, launched = both(pool, workers=1, steps=20, dtype="float64")
+def test_one_worker_runs_on_ray(cluster):
+    sim, launched = both(cluster, workers=1, steps=20, dtype="float64")
     assert_equal(sim, launched, rtol=1e-9, atol=1e-13)
     assert launched.consensus_distance.abs().max() == 0
 
 
-def test_bfloat16_runs_on_both_engines(pool):
-    sim, launched = both(pool, workers=3, steps=24, dtype="bfloat16", **{"record.every": 8})
+def test_bfloat16_runs_on_both_engines(cluster):
+    sim, launched = both(cluster, workers=3, steps=24, dtype="bfloat16", **{"record.every": 8})
     assert launched.loss.iloc[-1] < 0.7 * launched.loss.iloc[0]
     np.testing.assert_allclose(sim.loss, launched.loss, rtol=0.2)  # eight bits of mantissa

@@ -17,16 +17,15 @@ import psutil
 import pytest
 import ray
 import yaml
-from ray.exceptions import RayError
 from test_cli import call
 
 import decentral
 from decentral.checkpoints import Checkpoints
-from decentral.config import RayConfig, load
+from decentral.config import load
 from decentral.coordinator import RETRIES, Coordinator
 from decentral.engines import Interrupted
 from decentral.engines import ray as ray_engine
-from decentral.engines.ray import RayEngine, start_actors, start_cluster
+from decentral.engines.ray import RayEngine, start_cluster
 from decentral.errors import WorkerError
 from decentral.experiment import build
 from decentral.peer import Patience, PeerError
@@ -250,7 +249,7 @@ def test_who_was_lost_is_told_by_number_process_node_and_step():
 # On Ray.
 
 
-def test_a_ray_that_does_not_come_up_is_started_again_and_leaves_nothing(monkeypatch):
+def test_a_ray_that_does_not_come_up_is_started_again_and_leaves_nothing(alone, monkeypatch):
     started = []
 
     def init(**options):
@@ -274,42 +273,13 @@ def test_a_ray_that_does_not_come_up_is_started_again_and_leaves_nothing(monkeyp
         assert (of_ray.returncode, other.returncode) == (-signal.SIGKILL, 0)
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    """Actors that tests share, for starting them is most of a test's time, and room for others."""
-    start_cluster(8)
-    yield []
-    ray.shutdown()
-
-
-def actors_of(cluster, workers):
-    """So many of the shared actors: those that earlier tests have left alive, and new ones."""
-    for actor in list(cluster):
-        try:
-            ray.get(actor.node.remote(), timeout=60)
-        except RayError:
-            cluster.remove(actor)
-    cluster += start_actors(RayConfig(), workers - len(cluster))
-    return cluster[:workers]
-
-
-@pytest.fixture
-def on_shared_actors(cluster, monkeypatch):
-    """So that `decentral.run` is, too."""
-
-    def engine(experiment, say):
-        return RayEngine(experiment, say, actors_of(cluster, experiment.config.workers))
-
-    monkeypatch.setattr(ray_engine, "RayEngine", engine)
-
-
 class Running:
     """A run on Ray, and what it said."""
 
     def __init__(self, cluster, config):
         self.lines = []
         self.experiment = build(load(config))
-        actors = () if cluster is None else actors_of(cluster, self.experiment.config.workers)
+        actors = () if cluster is None else cluster.actors(self.experiment.config.workers)
         self.engine = RayEngine(self.experiment, self.lines.append, actors)
         self.coordinator = Coordinator(self.experiment, self.engine, self.lines.append)
         self._segments = self.coordinator.run()

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hosts
@@ -22,6 +23,7 @@ import numpy as np
 import pandas
 import pytest
 import yaml
+from test_cli import call
 
 import decentral
 from decentral.config import dump, load
@@ -149,8 +151,9 @@ def by_hand():
             folder.mkdir()
             shutil.copy(token, folder)
         made.run(0, block("By hand", "--head"))
-        for i in (1, 2, 3):
-            made.run(i, f"FIRST={made.hosts.addresses[0]}\n" + block("By hand", "--address="))
+        join = f"FIRST={made.hosts.addresses[0]}\n" + block("By hand", "--address=")
+        with ThreadPoolExecutor() as others:
+            list(others.map(lambda i: made.run(i, join), (1, 2, 3)))
         yield made
 
 
@@ -360,7 +363,7 @@ def sbatch(made: Machines, command: str) -> str:
     return log.read_text()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def slurm_cluster():
     for name in SLURM_TOOLS:
         tool(name)
@@ -388,7 +391,7 @@ def test_slurm_runs_the_script_to_its_results(config, slurm_cluster):
     assert not [words for words in left if "ray" in " ".join(words)], left
     assert not list(made.shared.glob("local-*/ray"))
     with pytest.raises(subprocess.CalledProcessError):  # the job fails with the run
-        sbatch(made, f"{command.strip()} steps=none")
+        sbatch(made, f"{command.strip()} steps=none".replace("--nodes=3", "--nodes=1"))
 
 
 @pytest.mark.slow
@@ -521,7 +524,7 @@ def test_the_readmes_kubernetes_names_are_the_manifests():
     assert f"ray.io/cluster={cluster},ray.io/node-type=head" in text
 
 
-def test_the_command_of_the_rayjob_runs(tmp_path):
+def test_the_command_of_the_rayjob_runs(tmp_path, monkeypatch, capsys):
     """Its config is in the image, at the folder that the Dockerfile copies the checkout to."""
     job = yaml.safe_load((LAUNCH / "kuberay/rayjob.yaml").read_text())
     dockerfile = (LAUNCH / "Dockerfile").read_text()
@@ -529,12 +532,8 @@ def test_the_command_of_the_rayjob_runs(tmp_path):
     command = job["spec"]["entrypoint"].replace(f"{folder}/", f"{ROOT}/")
     words = shlex.split(command.replace("/shared", str(tmp_path)))
     assert words[:2] == ["decentral", "run"]
-    subprocess.run(
-        [sys.executable, "-m", "decentral", *words[1:], "engine=sim", "steps=2"],
-        check=True,
-        capture_output=True,
-        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
-    )
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    call(capsys, *words[1:], "engine=sim", "steps=2")
     assert (tmp_path / "runs/first/summary.json").exists()
 
 

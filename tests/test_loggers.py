@@ -642,10 +642,11 @@ def rows_of_a_run(config, folder):
 
 
 @pytest.mark.slow
-def test_workers_of_a_cluster_report_where_their_time_went(quick):
+def test_workers_of_a_cluster_report_where_their_time_went(cluster, quick):
     from decentral.engines.ray import RayEngine
 
-    engine = RayEngine(build_experiment(load(quick | {"engine": "ray"})))
+    config = load(quick | {"engine": "ray"})
+    engine = RayEngine(build_experiment(config), actors=cluster.actors(config.workers))
     try:
         engine.run(segment(0, 1, True))
         started = time.perf_counter()
@@ -691,7 +692,7 @@ class Scrapes(Told):
 
 @pytest.mark.slow
 @needs("aiohttp_cors", "Ray's agents export metrics with ray[default] alone; decentral[ray] has it")
-def test_rays_agent_exports_the_metrics_of_run_and_workers(quick, tmp_path):
+def test_rays_agent_exports_the_metrics_of_run_and_workers(alone, quick, tmp_path):
     import ray
 
     from decentral.loggers.ray import WORKER_GAUGES

@@ -151,7 +151,7 @@ def test_a_thinned_cluster_keeps_what_the_topology_uses(monkeypatch, quick):
     ],
 )
 def test_what_cannot_be_measured_is_refused_at_once(
-    quick, tmp_path, monkeypatch, changes, out, used, said
+    alone, quick, tmp_path, monkeypatch, changes, out, used, said
 ):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(decentral.UserError, match=said):
@@ -160,7 +160,7 @@ def test_what_cannot_be_measured_is_refused_at_once(
 
 
 @pytest.mark.slow
-def test_this_machine_measured_is_a_file_that_a_run_reads(quick, tmp_path):
+def test_this_machine_measured_is_a_file_that_a_run_reads(alone, quick, tmp_path):
     out = tmp_path / "cluster.gml"
     config = load(quick, {"workers": 3})
     lines: list[str] = []

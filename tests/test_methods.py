@@ -1,11 +1,13 @@
 """One contract for every method of the table, and a closed form that tells each from its twins."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from harness import D, N, Quadratic, replica_of, ring, run
+from test_cli import call
 
 from decentral import topology as topologies
 from decentral.algorithms import COMPRESSORS, OUTER, PRESETS
@@ -613,16 +615,7 @@ def test_tables_of_parts_are_complete():
     assert set(OUTER) == {"slowmo", "diloco"}
 
 
-def test_the_page_of_methods_is_the_table():
-    import subprocess
-    import sys
-    from pathlib import Path
-
-    page = subprocess.run(
-        [sys.executable, "-m", "decentral", "methods", "--markdown"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+def test_the_page_of_methods_is_the_table(capsys):
+    page = call(capsys, "methods", "--markdown")
     assert page == (Path(__file__).parents[1] / "docs/methods.md").read_text()
     assert all(f"## {name}\n" in page for name in PRESETS)

@@ -18,7 +18,7 @@ PATIENCE_S = 90.0  # for what takes the time to start a process, or to miss a no
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def cluster(alone):
     """A cluster that this process is in; its nodes, of one CPU each, come as tests ask for them."""
     made = Cluster(initialize_head=True, head_node_args=NODE)
     ray.init(address=made.address, log_to_driver=False)

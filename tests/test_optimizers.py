@@ -478,7 +478,7 @@ def test_a_run_clips_and_accumulates(quick):
 
 
 @pytest.mark.slow
-def test_both_engines_give_the_same_run_with_all_of_it(quick):
+def test_both_engines_give_the_same_run_with_all_of_it(on_shared_actors, quick):
     overrides: dict[str, Any] = {
         "workers": 2,
         "topology": {"name": "complete"},

@@ -1,6 +1,5 @@
 """Which worker on which node: few links between nodes, and the same results."""
 
-import logging
 import math
 import os
 from collections import Counter
@@ -182,7 +181,7 @@ def test_a_placement_that_is_none_is_refused():
 
 
 @pytest.fixture(scope="module")
-def scattered():
+def scattered(shared_cluster):
     """Six actors, by turns on three made-up nodes."""
 
     class Elsewhere(_Actor):
@@ -205,15 +204,12 @@ def scattered():
         def number_and_node(self):
             return self._number, self._said
 
-    ray.init(
-        num_cpus=6,
-        include_dashboard=False,
-        object_store_memory=128 * 2**20,
-        logging_level=logging.ERROR,
-    )
-    make = ray.remote(Elsewhere)
-    yield [make.remote(f"node {i % 3}") for i in range(6)]
-    ray.shutdown()
+    shared_cluster.up()
+    make = ray.remote(Elsewhere).options(num_cpus=0)
+    actors = [make.remote(f"node {i % 3}") for i in range(6)]
+    yield actors
+    for actor in actors:
+        ray.kill(actor)  # pyright: ignore[reportArgumentType]: it takes what `remote` gives
 
 
 @pytest.mark.slow

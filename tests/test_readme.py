@@ -1,5 +1,6 @@
 """The README keeps its word: its commands run, its output is theirs, its files exist."""
 
+import functools
 import re
 import shlex
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pages
 import pytest
 import yaml
+from test_cli import call
 
 import decentral
 
@@ -30,17 +32,12 @@ def decentral_commands(containing):
     return [shlex.split(line)[1:] for line in lines]
 
 
-def run_command(arguments, folder):
-    process = subprocess.run(
-        [sys.executable, "-m", "decentral", *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={"PATH": "/usr/bin:/bin", "COLUMNS": "80", "OMP_NUM_THREADS": "1", "HOME": "/tmp"},
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout
+@pytest.fixture
+def run_command(monkeypatch, capsys):
+    """Run the command line here, in this process; what it printed."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return functools.partial(call, capsys)
 
 
 def test_ci_runs_the_test_command_as_it_stands_here():
@@ -92,32 +89,31 @@ def test_the_commands_run(arguments, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_can_be_diagnosed(tmp_path):
+def test_a_run_can_be_diagnosed(run_command, tmp_path):
     run, connect = decentral_commands("decentral connectivity")
     folder = str(tmp_path / "diagnosed")
-    run_command(
-        [*run[:-1], folder, "steps=10", "diagnostics.every=10", "checkpoint.every=10"], ROOT
-    )
+    changes = "steps=10", "diagnostics.every=10", "checkpoint.every=10"
+    run_command(*run[:-1], folder, *changes)
     assert connect[1] == run[-1]
-    assert "barrier" in run_command([connect[0], folder, *connect[2:]], ROOT)
+    assert "barrier" in run_command(connect[0], folder, *connect[2:])
 
 
 @pytest.mark.slow
-def test_a_run_can_be_watched(tmp_path):
+def test_a_run_can_be_watched(run_command, tmp_path):
     run, watch = decentral_commands("decentral watch")
     folder = str(tmp_path / "watched")
-    shown = run_command([*run[:-1], folder, "steps=20"], ROOT)
+    shown = run_command(*run[:-1], folder, "steps=20")
     assert "event files in" in shown
     assert list((tmp_path / "watched/tensorboard").iterdir())
     assert watch == ["watch", run[-1]]
-    last, end = run_command(["watch", folder], ROOT).splitlines()
+    last, end = run_command("watch", folder).splitlines()
     assert last in shown.splitlines()
     assert end.startswith("done at step 20")
 
 
-def test_the_plan_is_what_the_readme_shows():
+def test_the_plan_is_what_the_readme_shows(run_command):
     (arguments,) = decentral_commands("decentral plan")
-    printed = [line.rstrip() for line in run_command(arguments, ROOT).rstrip().splitlines()]
+    printed = [line.rstrip() for line in run_command(*arguments).rstrip().splitlines()]
     assert printed == one_block("text", "MB a model").rstrip("\n").splitlines()
 
 
@@ -133,7 +129,16 @@ def figures(text):
 @pytest.mark.slow
 def test_the_quickstart_prints_what_the_readme_shows(tmp_path):
     command = one_block("bash", "quickstart.yaml\n").split(".venv/bin/decentral ")[-1].split()
-    printed = run_command([*command, "--out", str(tmp_path / "out")], ROOT)
+    process = subprocess.run(
+        [sys.executable, "-m", "decentral", *command, "--out", str(tmp_path / "out")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": "/usr/bin:/bin", "COLUMNS": "80", "OMP_NUM_THREADS": "1", "HOME": "/tmp"},
+    )
+    assert process.returncode == 0, process.stderr
+    printed = process.stdout
     text, numbers = figures(printed)
     shown_text, shown_numbers = figures(one_block("text", "quickstart: gossip_pga"))
     assert text == shown_text

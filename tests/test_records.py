@@ -709,7 +709,7 @@ def test_a_change_that_the_checkpoint_would_undo_is_refused(small, tmp_path, cha
 
 
 @pytest.mark.slow
-def test_a_resumed_ray_run_is_the_uninterrupted_one(small, tmp_path, monkeypatch):
+def test_a_resumed_ray_run_is_the_uninterrupted_one(on_shared_actors, small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small |= {"engine": "ray", "workers": 2, "steps": 8} | OPTIMIZERS["momentum and schedule"]
     small["checkpoint"]["every"] = 3

@@ -1,6 +1,7 @@
 """Who may reach a run, and what a file from a stranger can do: see docs/security.md."""
 
 import contextlib
+import functools
 import ipaddress
 import multiprocessing
 import os
@@ -8,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -21,6 +22,8 @@ from decentral.config import load
 from decentral.engines.ray import RayEngine, _token
 from decentral.engines.worker import Group, Surroundings, Worker
 from decentral.experiment import build
+
+pytestmark = pytest.mark.usefixtures("alone")  # tokens are of the process
 
 TOKEN_NAMES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
@@ -151,11 +154,11 @@ def test_a_run_of_our_own_is_closed_to_others(no_token, quick):
             tokens.append(os.environ["RAY_AUTH_TOKEN"])
             address = ray.get_runtime_context().gcs_address
             if turn == 0:
-                assert joins(address, token_settings())
-                assert not joins(address, {})
-                assert not joins(address, {"RAY_AUTH_MODE": "disabled"})
                 wrong = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "5" * 64}
-                assert not joins(address, wrong)
+                asked = [token_settings(), {}, {"RAY_AUTH_MODE": "disabled"}, wrong]
+                with ThreadPoolExecutor() as strangers:
+                    join = functools.partial(joins, address)
+                    assert list(strangers.map(join, asked)) == [True, False, False, False]
                 everywhere = [ip for ips in made.ask(own_addresses) for ip in ips]
                 me = psutil.Process()
                 for process in [me, *me.children(recursive=True)]:
@@ -186,24 +189,26 @@ def test_a_run_joins_a_cluster_with_the_users_token_and_says_so_where_it_is_miss
     with cluster(settings) as address:
         for name, value in QUICKLY.items():
             monkeypatch.setenv(name, value)
-        done = run(quick, no_token, address, {})
+        with ThreadPoolExecutor() as at_once:
+            run_with = functools.partial(run, quick, no_token, address)
+            done, tokenless, joined = at_once.map(
+                run_with, [{}, {"RAY_AUTH_MODE": "token"}, settings], ["a", "b", "c"]
+            )
         assert done.returncode == 2, done.stderr
         assert done.stdout == ""
         assert f"\nerror: ray.address: cannot join a Ray cluster at '{address}'" in done.stderr
         assert "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" in done.stderr
         assert "Traceback" not in done.stderr
-        done = run(quick, no_token, address, {"RAY_AUTH_MODE": "token"})
-        assert done.returncode == 2, done.stderr
-        assert "ray.address: cannot join" in done.stderr
-        done = run(quick, no_token, address, settings)
-        assert done.returncode == 0, done.stderr
+        assert tokenless.returncode == 2, tokenless.stderr
+        assert "ray.address: cannot join" in tokenless.stderr
+        assert joined.returncode == 0, joined.stderr
 
 
-def run(quick, folder: Path, address: str, settings: dict[str, str]):
+def run(quick, folder: Path, address: str, settings: dict[str, str], out: str):
     (folder / "config.yaml").write_text(yaml.safe_dump(quick))
     words = ("steps=6", "workers=2", "engine=ray", f"ray.address={address}")
     return subprocess.run(
-        [sys.executable, "-m", "decentral", "run", "config.yaml", *words, "--out", "out"],
+        [sys.executable, "-m", "decentral", "run", "config.yaml", *words, "--out", out],
         env=os.environ | settings,
         cwd=folder,
         capture_output=True,

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chi2
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -350,6 +352,20 @@ def test_digits_have_the_shapes_and_the_parameters_promised():
     images = digits(4, 0, model={"name": "cnn"})
     assert in_memory(images.train)[0].shape == (1437, 1, 8, 8)
     assert torch.equal(in_memory(images.train)[0].flatten(1), x)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.2, 0.37, 0.9])
+def test_digits_are_scikit_learns_and_so_is_their_split(fraction: float):
+    pixels, classes = load_digits(return_X_y=True)
+    expected = train_test_split(
+        pixels / 16, classes, test_size=fraction, random_state=0, stratify=classes
+    )
+    task = digits(1, 0, test_fraction=fraction)
+    assert task.test is not None
+    for samples, x, y in ((task.train, *expected[::2]), (task.test, *expected[1::2])):
+        inputs, targets = fetch(samples, torch.arange(length(samples)))
+        assert torch.equal(inputs, torch.as_tensor(x, dtype=torch.float32))
+        assert torch.equal(targets, torch.as_tensor(y))
 
 
 def test_the_digits_test_set_is_the_same_for_every_run_and_stratified():

@@ -188,7 +188,7 @@ def ray_train(options):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # theirs
 @pytest.mark.parametrize("launch", ["torchrun", "accelerate", "ray_train"])
-def test_other_launchers_give_the_simulated_run(quick, tmp_path, launch):
+def test_other_launchers_give_the_simulated_run(quick, tmp_path, launch, alone):
     for package in {"accelerate": ["accelerate"], "ray_train": ["pyarrow", "requests"]}.get(
         launch, []
     ):

@@ -1,9 +1,18 @@
-"""Handwritten digits that come with scikit-learn: real data, small, and there without a network."""
+"""Handwritten digits that come with scikit-learn: real data, small, and there without a network.
 
+Read from its files, for importing scikit-learn takes longer than all else that a run is built from,
+and each worker is a process that would.
+"""
+
+import gzip
+import importlib.util
+import math
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -32,24 +41,66 @@ def digits(
     Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998 (the part
     that scikit-learn ships).
     """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    pixels, classes = load_digits(return_X_y=True)
-    split = train_test_split(
-        pixels / 16, classes, test_size=test_fraction, random_state=_SPLIT_SEED, stratify=classes
-    )
+    table = _table()
     shape = (64,) if model.get("name") == "mlp" else (1, 8, 8)
-    train_x, test_x = (
-        torch.as_tensor(x, dtype=torch.float32).reshape(-1, *shape) for x in split[:2]
+    (train_x, train_y), (test_x, test_y) = (
+        (
+            torch.as_tensor(table[rows, :-1] / 16, dtype=torch.float32).reshape(-1, *shape),
+            torch.as_tensor(table[rows, -1], dtype=torch.int64),
+        )
+        for rows in _split(table[:, -1], test_fraction)
     )
-    train_y, test_y = (torch.as_tensor(y, dtype=torch.int64) for y in split[2:])
     return Task(
         model=build_model(model, shape, classes=10, seed=seed),
         loss=functional.cross_entropy,
         train=(train_x, _with_wrong(train_y, label_noise, seed)),
         test=(test_x, test_y),
     )
+
+
+def _table() -> np.ndarray:
+    """[1797, 65]: the pixels of an image, 0 to 16, and its class."""
+    package = importlib.util.find_spec("sklearn")
+    assert package is not None, "a dependency"
+    assert package.submodule_search_locations is not None, "a package"
+    file = Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        return np.loadtxt(lines, delimiter=",")
+
+
+def _split(classes: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Samples to train on, and the `fraction` to test on: each class has its share of both.
+
+    The very split of scikit-learn's train_test_split, stratified, with _SPLIT_SEED.
+    """
+    rng = np.random.RandomState(_SPLIT_SEED)
+    _, counts = np.unique(classes, return_counts=True)
+    tests = math.ceil(fraction * len(classes))
+    train_counts = _shares(counts, len(classes) - tests, rng)
+    test_counts = _shares(counts - train_counts, tests, rng)
+    train, test = [], []
+    by_class = np.split(np.argsort(classes, kind="stable"), np.cumsum(counts)[:-1])
+    for samples, trained, tested in zip(by_class, train_counts, test_counts, strict=True):
+        shuffled = samples[rng.permutation(len(samples))]
+        train.append(shuffled[:trained])
+        test.append(shuffled[trained : trained + tested])
+    return rng.permutation(np.concatenate(train)), rng.permutation(np.concatenate(test))
+
+
+def _shares(counts: np.ndarray, draws: int, rng: np.random.RandomState) -> np.ndarray:
+    """`draws` dealt out in proportion to `counts`, by the largest remainders, ties by lot."""
+    exact = counts / counts.sum() * draws
+    dealt = np.floor(exact)
+    remainders = exact - dealt
+    missing = draws - int(dealt.sum())
+    for remainder in np.unique(remainders)[::-1]:
+        if missing == 0:
+            break
+        (equal,) = np.where(remainders == remainder)
+        lucky = rng.choice(equal, size=min(len(equal), missing), replace=False)
+        dealt[lucky] += 1
+        missing -= len(lucky)
+    return dealt.astype(int)
 
 
 def _with_wrong(classes: Tensor, fraction: float, seed: int) -> Tensor:
