@@ -13,6 +13,7 @@ from decentral.gradients import (
     Layout,
     ModuleGradient,
     StackedGradient,
+    workers_at_once,
 )
 from decentral.tasks import Sampler, Task
 from decentral.tasks.models import cnn, mlp
@@ -66,7 +67,7 @@ def normed():
 
 
 def dropping():
-    return nn.Sequential(nn.Linear(6, 30), nn.Dropout(), nn.Linear(30, 3))
+    return nn.Sequential(nn.Linear(6, 30), nn.Dropout(), nn.Dropout(), nn.Linear(30, 3))
 
 
 def normed_cnn():
@@ -189,7 +190,6 @@ def test_training_moves_running_statistics_and_counts_batches(name):
 
 @pytest.mark.parametrize("name", ["branching", "cumulative norm"])
 def test_a_model_that_vmap_cannot_take_is_said_once_in_a_run(name, caplog, monkeypatch):
-    monkeypatch.setattr("decentral.tasks.TASKS", {})
     monkeypatch.setattr("decentral.experiment.TASKS", {"mine": lambda workers, seed: task_of(name)})
     config = {
         "workers": 3,
@@ -210,6 +210,66 @@ def test_a_model_that_vmap_cannot_take_is_said_once_in_a_run(name, caplog, monke
 def test_a_model_that_vmap_takes_is_not_spoken_of(caplog):
     gradient_of("mlp", [0, 1])
     assert not caplog.records
+
+
+# --- workers at once ---
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "tied and frozen", "normed cnn"])
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+def test_who_goes_together_does_not_matter(name, chunk):
+    """But for rounding, and so not in what a run's seed determines: see PASS_BYTES."""
+    together, _ = gradient_of(name, list(range(5)), accumulate=2)
+    apart, _ = gradient_of(name, list(range(5)), accumulate=2)
+    assert together.chunk == 5
+    apart.chunk = chunk
+    for step in (0, 3):
+        assert_close(apart(step), together(step))
+        assert_close(apart.value, together.value)
+        assert_close(apart.buffers, together.buffers)
+
+
+def test_workers_at_once_by_hand():
+    _, model = gradient_of("mlp", [0, 1])
+    _, convolving = gradient_of("cnn", [0, 1])
+    cap = CHUNK_WORKERS_WITH_CONVOLUTIONS["cpu"]
+    for each, n, expected in [(2**22, 8, 8), (2**22, 9, 5), (2**22 + 1, 8, 4), (2**30, 3, 1)]:
+        model.pass_bytes = each
+        assert workers_at_once(model, n) == expected  # 2^25 bytes are those of eight
+    assert workers_at_once(convolving, cap + 1) == cap // 2 + 1
+
+
+def test_what_a_worker_keeps_follows_from_shapes_alone():
+    """By hand, in float64: what the backward pass of an mlp 6-5-3 needs, and the gradient."""
+    _, model = gradient_of("mlp", [0, 1])
+    numbers = BATCH * (6 + 5 + 3)  # inputs, after ReLU, after log-softmax
+    targets = BATCH  # int64
+    assert numbers + 5 * 3 + len(model.x) <= model.pass_bytes / 8 <= numbers + 15 + 53 + 3 * targets
+    for other in (list(range(7)), [4, 2, 9]):  # other workers, samples and numbers of them
+        assert gradient_of("mlp", other)[1].pass_bytes == model.pass_bytes
+    whole, halved = (
+        gradient_of("mlp", [0, 1], torch.float64),
+        gradient_of("mlp", [0], torch.float32),
+    )
+    assert halved[1].pass_bytes < 0.6 * whole[1].pass_bytes
+
+
+def test_what_a_model_draws_depends_on_who_goes_together(monkeypatch):
+    """Layer by layer; so no timing may choose, or the same seed would not give the same run."""
+    monkeypatch.setitem(MODELS, "dropping", (dropping, (6,), True))
+    first, again, apart = (gradient_of("dropping", list(range(5)))[0] for _ in range(3))
+    apart.chunk = 2
+    losses = first(0)
+    assert torch.equal(again(0), losses)
+    assert not torch.allclose(apart(0), losses)
+
+
+def test_how_many_workers_go_at_once_is_said(caplog):
+    with caplog.at_level(logging.INFO, logger="decentral"):
+        stacked, _ = gradient_of("mlp", [0, 1, 2])
+    (record,) = caplog.records
+    assert record.getMessage().startswith("3 of 3 workers at once: each keeps 0.00")
+    assert stacked.chunk == 3
 
 
 def test_a_shared_parameter_is_there_once_and_a_frozen_one_not_at_all():
