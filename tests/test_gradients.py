@@ -1,6 +1,10 @@
 """All workers at once are each worker alone: stacked gradients against the plain backward pass."""
 
 import logging
+import platform
+import subprocess
+import sys
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from torch import nn
 import decentral
 from decentral.gradients import (
     CHUNK_WORKERS_WITH_CONVOLUTIONS,
+    PASS_BYTES,
     FlatModel,
     Layout,
     ModuleGradient,
@@ -105,7 +110,7 @@ def task_of(name):
     return Task(model, nn.functional.cross_entropy, (x, y), (x, y))
 
 
-def gradient_of(name, workers, dtype=torch.float64, **options):
+def gradient_of(name, workers, dtype=torch.float64, **options) -> tuple[Any, FlatModel]:
     """Of all these workers stacked, or of the one worker that an int names."""
     task = task_of(name)
     model = FlatModel(task.model, dtype)
@@ -399,3 +404,48 @@ def test_a_run_under_autocast_stays_near_the_exact_one(quick, caplog):
 def test_autocast_is_refused_where_it_would_do_nothing(quick, dtype):
     with pytest.raises(decentral.UserError, match=r"gradient.autocast: .*dtype=float32"):
         decentral.run(quick | {"gradient": {"autocast": "bfloat16"}, "dtype": dtype})
+
+
+# --- memory ---
+
+FAULTS = """
+import resource, torch
+from decentral.engines.sim import keep_freed_memory
+
+def step():
+    return sum(tensor.shape[0] for tensor in [torch.ones(2**20) for _ in range(10)])  # of 4 MiB
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+step()
+without = faults()
+keep_freed_memory()
+step()
+print(without, faults())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_a_step_finds_the_memory_of_the_last_one():
+    """Three steps of 40 MiB, in pages of 4 KiB: faults before and after."""
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, timeout=120
+    )
+    without, kept = map(int, done.stdout.split())
+    assert without > 3 * 5000
+    assert kept < 300
+
+
+def test_a_pass_of_many_workers_is_bounded_in_memory():
+    """[n, D] for parameters and gradient; of what a pass needs, PASS_BYTES."""
+    _, model = gradient_of("mlp", [0, 1])
+    most = PASS_BYTES["cpu"]
+    for each in (10**3, 10**6, 2 * 10**7, 10**9):
+        model.pass_bytes = each
+        for n in (1, 7, 64, 1000):
+            assert workers_at_once(model, n) * each <= max(most, each)
