@@ -311,7 +311,7 @@ def fuses(
 
     On a CPU, where torch takes it on request only, and where no option asks for another form. Not
     for tensors with gaps, such as columns of a matrix: torch 2.13 writes into the gaps. Not
-    in bfloat16, where its fused SGD takes steps that are off by more than the step.
+    in bfloat16, where its fused SGD takes steps that are off by as much as the step.
     """
     return (
         kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
