@@ -35,8 +35,8 @@ Mode = Literal["set", "add", "none"]  # what becomes of a micro-batch's gradient
 
 # What the workers of one pass keep until they are through, together: more of them would hardly save
 # any more of what a pass costs by itself, and would leave the processor's caches. A constant, where
-# a timing at the start of a run would find the best: with who goes together the model's own draws
-# change, and on some processors rounding, so that two runs of one seed would not be the same.
+# a timing at the start of a run would find the best: with who goes together change the model's own
+# draws, and rounding where a worker goes alone, so that two runs of one seed would not be the same.
 PASS_BYTES = {"cpu": 2**25, "cuda": 2**33}
 # Stacked convolutions become one grouped convolution, which slows down with many groups: on a CPU
 # above 16, while an H200 takes 64 in a third of the time of four times 16 (benchmarks/gpu_rate.py).
