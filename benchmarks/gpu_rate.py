@@ -313,7 +313,7 @@ def ways(experiment: Experiment, seconds: float) -> list[dict[str, Any]]:
     convolves = any(isinstance(m, nn.Conv2d) for m in experiment.task.model.modules())
     found: dict[str, Any] = {}
     for chunk in [c for c in (4, 16, 64, 256) if c < n] + [n] if convolves else [n]:
-        gradient._chunk = chunk
+        gradient.chunk = chunk
         found[f"by {chunk}"] = best_pass(lambda: one_pass(gradient, batch))
     if DEVICE == "cuda" and not convolves:
         found["graph"] = best_pass(graphed(lambda: one_pass(gradient, batch)))
@@ -328,8 +328,8 @@ def ways(experiment: Experiment, seconds: float) -> list[dict[str, Any]]:
 
 def one_pass(gradient: StackedGradient, batch: tuple[Tensor, ...]) -> None:
     """As StackedGradient has it, but for drawing, and for seeds, which a graph cannot set."""
-    for start in range(0, len(batch[0]), gradient._chunk):
-        taken = slice(start, start + gradient._chunk)
+    for start in range(0, len(batch[0]), gradient.chunk):
+        taken = slice(start, start + gradient.chunk)
         leaves = {
             name: view[taken].detach().requires_grad_()
             for name, view in gradient._parameters.items()

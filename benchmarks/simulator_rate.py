@@ -1,10 +1,11 @@
 """How fast is the simulator? Worker-steps per second, beside one model on as many samples.
 
-Gossip-PGA with period 8 on a ring: an MLP of 19,210 parameters, digits split iid, batch 32,
-float32, SGD with momentum. Beside it one plain torch training step of ONE model on the same
-n x 32 samples: what the batch costs where nobody has a model of their own. The two alternate, and
-the ratio is the median over pairs, so that a busy machine slows both; processor time beside the
-clock's shows how busy it was.
+Gossip-PGA with period 8 on a ring, SGD with momentum, float32: an MLP and a CNN on digits, split
+iid, batch 32, and the small GPT on random text, batch 8, all as decentral has them. Beside it one
+plain torch training step of ONE model on the samples of all workers: what they cost where nobody
+has a model of their own; and the simulator with its workers one by one. The three alternate, and a
+ratio is the median over rounds, so that a busy machine slows all; the same ratios of processor time
+are there for a machine so busy that the clock tells little.
 
     python benchmarks/simulator_rate.py --out benchmarks/results/simulator_rate.json
 
@@ -13,7 +14,10 @@ Also where a simulated step goes: its parts, each timed alone. Nothing here is a
 
 import copy
 import os
+import random
 import statistics
+import string
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +34,7 @@ from torch import Tensor
 from decentral.config import load
 from decentral.engines.sim import Simulator
 from decentral.experiment import Experiment, build
+from decentral.gradients import StackedGradient
 from decentral.replica import Averaging, Replica, Segment
 from decentral.tasks import Sampler, fetch
 
@@ -38,32 +43,41 @@ SGD: dict[str, Any] = {"lr": 0.05, "momentum": 0.9}
 CONFIG: dict[str, Any] = {
     "steps": 1,  # the benchmark drives the engine itself
     "dtype": "float32",
-    "task": {"name": "digits", "batch_size": 32, "model": {"name": "mlp", "hidden": [256]}},
     "optimizer": {"name": "sgd"} | SGD,
     "algorithm": {"name": "gossip_pga", "period": PERIOD},
     "topology": {"name": "ring"},
 }
-WORKER_STEPS = 2048  # simulated at least, in each half of a pair
+TASKS: dict[str, dict[str, Any]] = {
+    "mlp": {"name": "digits", "batch_size": 32, "model": {"name": "mlp", "hidden": [256]}},
+    "cnn": {"name": "digits", "batch_size": 32, "model": {"name": "cnn"}},
+    "gpt": {"name": "text", "batch_size": 8},
+}
+WORKER_STEPS = {"mlp": 2048, "cnn": 256, "gpt": 64}  # of each part of a round, at most 8 steps
+CHARACTERS = 512  # of random text, for each worker of the largest size
 
 
 def main(
     workers: Annotated[list[int] | None, typer.Option(help="n; may be given repeatedly.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Pairs per n.")] = 15,
+    models: Annotated[list[str] | None, typer.Option(help="Of " + ", ".join(TASKS))] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds per model and n, at most.")] = 15,
+    seconds: Annotated[float, typer.Option(min=0, help="Of each; at least one round.")] = 12,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Write the figures there, as JSON.")] = None,
 ) -> None:
-    """Time the simulator beside one model on as many samples. Without --workers: 8, 64, 256."""
-    workers = workers or [8, 64, 256]
+    """Time the simulator beside one model on as many samples. By default all, for 8, 64, 256."""
+    workers, models = workers or [8, 64, 256], models or list(TASKS)
     torch.set_num_threads(threads)
     started = os.getloadavg()[0]
-    console = Console()
-    with console.status("timing"):
-        rows = [measure(n, repeats) for n in workers]
-    console.print(table(rows, repeats, threads))
+    console = Console(width=120)
+    with tempfile.TemporaryDirectory() as folder:
+        text = random_text(Path(folder), CHARACTERS * max(workers))
+        with console.status("timing"):
+            rows = [measure(m, n, text, repeats, seconds) for m in models for n in workers]
+    console.print(table(rows, threads))
     if out is not None:
         result = {
             "benchmark": "simulator_rate",
-            "settings": {"repeats": repeats} | CONFIG,
+            "settings": {"repeats": repeats, "seconds": seconds, "tasks": TASKS} | CONFIG,
             "sizes": rows,
             "machine": machine.describe(started),
         }
@@ -71,63 +85,102 @@ def main(
         console.print(f"written to {out}")
 
 
-def measure(n: int, repeats: int) -> dict[str, Any]:
-    experiment = build(load(CONFIG | {"workers": n}))
-    simulate = simulation(Simulator(experiment))
-    train = single_model(experiment)
-    periods = max(1, WORKER_STEPS // (n * PERIOD))
-    for half in (simulate, train):  # to warm up
+def random_text(folder: Path, characters: int) -> str:
+    """A file of random letters; its path."""
+    drawn = random.Random(0).choices(string.ascii_letters + string.punctuation, k=characters)
+    file = folder / "text.txt"
+    file.write_text("".join(drawn), encoding="utf-8")
+    return str(file)
+
+
+def measure(model: str, n: int, text: str, repeats: int, seconds: float) -> dict[str, Any]:
+    task = TASKS[model] | ({"file": text} if model == "gpt" else {})
+    experiment = build(load(CONFIG | {"workers": n, "task": task}))
+    steps = max(1, min(PERIOD, WORKER_STEPS[model] // n))
+    stacked, one_by_one = Simulator(experiment), Simulator(experiment)
+    chunk = gradient_of(stacked).chunk
+    gradient_of(one_by_one).chunk = 1
+    halves = {
+        "simulated": simulation(stacked, steps),
+        "single": single_model(experiment, steps),
+        "one by one": simulation(one_by_one, steps),
+    }
+    for half in halves.values():  # to warm up
         half()
-    simulated, single, processor = [], [], []
-    for pair in range(repeats):
-        for half in (simulate, train) if pair % 2 == 0 else (train, simulate):
-            wall_s, cpu_s = seconds(half, periods)
-            (simulated if half is simulate else single).append(wall_s / PERIOD)
-            if half is simulate:
-                processor.append(cpu_s / PERIOD)
-    step_s = statistics.median(simulated)
+    wall_s: dict[str, list[float]] = {name: [] for name in halves}
+    cpu_s: dict[str, list[float]] = {name: [] for name in halves}
+    began = time.monotonic()
+    for number in range(repeats):
+        for name in list(halves) if number % 2 == 0 else reversed(halves):
+            wall, cpu = timed(halves[name])
+            wall_s[name].append(wall / steps)
+            cpu_s[name].append(cpu / steps)
+        if time.monotonic() - began > seconds:
+            break
+    step_s = statistics.median(wall_s["simulated"])
     return {
+        "model": model,
         "workers": n,
+        "at_once": chunk,
         "parameters": sum(p.numel() for p in experiment.task.model.parameters()),
+        "rounds": len(wall_s["simulated"]),
         "step_ms": step_s * 1e3,
-        "step_cpu_ms": statistics.median(processor) * 1e3,
+        "step_cpu_ms": statistics.median(cpu_s["simulated"]) * 1e3,
         "worker_steps_per_s": n / step_s,
-        "single_model_ms": statistics.median(single) * 1e3,
-        "ratio": statistics.median(a / b for a, b in zip(simulated, single, strict=True)),
-        "parts_ms": parts(experiment, repeats * PERIOD),
+        "single_model_ms": statistics.median(wall_s["single"]) * 1e3,
+        "ratio": ratio(wall_s["simulated"], wall_s["single"]),
+        "cpu_ratio": ratio(cpu_s["simulated"], cpu_s["single"]),
+        "one_by_one_ratio": ratio(wall_s["one by one"], wall_s["single"]),
+        "one_by_one_cpu_ratio": ratio(cpu_s["one by one"], cpu_s["single"]),
+        "parts_ms": parts(experiment, max(3, min(40, int(seconds / step_s / 4)))),
     }
 
 
-def simulation(simulator: Simulator) -> Callable[[], None]:
-    """A period of the simulator: seven steps of gossip, one with a global average."""
+def ratio(these: list[float], those: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(these, those, strict=True))
+
+
+def gradient_of(simulator: Simulator) -> StackedGradient:
+    assert isinstance(simulator.replica, Replica), "the methods measured here have steps"
+    gradient = simulator.replica._gradient
+    assert isinstance(gradient, StackedGradient)
+    return gradient
+
+
+def simulation(simulator: Simulator, steps: int) -> Callable[[], None]:
+    """So many steps of the simulator at a call: gossip, and every PERIOD-th a global average."""
     step = 0
 
-    def period() -> None:
+    def half() -> None:
         nonlocal step
-        segment = Segment(step, step + PERIOD, Averaging.NEIGHBOURS, True, record=False)
-        simulator.run(segment)
-        step += PERIOD
+        last = step + steps
+        while step < last:
+            average_at = (step // PERIOD + 1) * PERIOD
+            stop = min(last, average_at)
+            whole = stop == average_at
+            simulator.run(Segment(step, stop, Averaging.NEIGHBOURS, whole, record=False))
+            step = stop
 
-    return period
+    return half
 
 
-def single_model(experiment: Experiment) -> Callable[[], None]:
-    """PERIOD steps of one model, each on all workers' samples, drawn as the simulator does."""
+def single_model(experiment: Experiment, steps: int) -> Callable[[], None]:
+    """So many steps of one model, each on all workers' samples, drawn as the simulator does."""
     model = copy.deepcopy(experiment.task.model)
     optimizer = torch.optim.SGD(model.parameters(), **SGD)
     sampler = experiment.sampler(list(range(experiment.config.workers)))
     step = 0
 
-    def period() -> None:
+    def half() -> None:
         nonlocal step
-        for _ in range(PERIOD):
+        for _ in range(steps):
             inputs, target = (part.flatten(0, 1) for part in draw(experiment, sampler, step))
             optimizer.zero_grad()
             experiment.task.loss(model(inputs), target).backward()
             optimizer.step()
             step += 1
 
-    return period
+    return half
 
 
 def parts(experiment: Experiment, steps: int) -> dict[str, float]:
@@ -166,35 +219,37 @@ def draw(experiment: Experiment, sampler: Sampler, step: int) -> tuple[Tensor, .
     return fetch(experiment.task.train, sampler.indices(step))
 
 
-def seconds(half: Callable[[], None], times: int) -> tuple[float, float]:
-    """Mean seconds of a call: by the clock, and of processor time in all threads."""
+def timed(half: Callable[[], None]) -> tuple[float, float]:
+    """Seconds of a call: by the clock, and of processor time in all threads."""
     start, cpu_start = time.perf_counter(), time.process_time()
-    for _ in range(times):
-        half()
-    return (time.perf_counter() - start) / times, (time.process_time() - cpu_start) / times
+    half()
+    return time.perf_counter() - start, time.process_time() - cpu_start
 
 
-def table(rows: list[dict[str, Any]], repeats: int, threads: int) -> Table:
+def table(rows: list[dict[str, Any]], threads: int) -> Table:
     grid = Table(
-        title=f"gossip_pga, period {PERIOD}, ring: medians of {repeats} pairs; threads: {threads}",
-        caption="step: ms of a simulated step; cpu: its processor time; rate: worker-steps/s. "
-        "single: ms of a plain training step of one model on the same n x 32 samples; ratio: "
-        "step / single, median of pairs. "
-        "Then ms of each part, timed alone: draw, gradient, optimizer, mix "
-        f"(1/{PERIOD} of it a global average).",
+        title=f"gossip_pga, period {PERIOD}, ring; threads: {threads}",
+        caption="once: workers that a pass takes at once. step: ms of a simulated step; cpu: its "
+        "processor time; rate: worker-steps/s. single: ms of a plain training step of one model on "
+        "the samples of all workers; ratio: step / single, median of rounds; loop: the same with "
+        "workers one by one; in brackets those of processor time. Then ms of each part, timed "
+        f"alone: draw, gradient, optimizer, mix (1/{PERIOD} of it a global average).",
         box=box.SIMPLE_HEAD,
     )
-    names = ("n", "step", "cpu", "rate", "single", "ratio", "draw", "grad", "optim", "mix")
-    for name in names:
+    names = ("model", "n", "once", "step", "cpu", "rate", "single", "ratio", "loop")
+    for name in (*names, "draw", "grad", "optim", "mix"):
         grid.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         grid.add_row(
+            row["model"],
             str(row["workers"]),
+            str(row["at_once"]),
             f"{row['step_ms']:.2f}",
             f"{row['step_cpu_ms']:.2f}",
             f"{row['worker_steps_per_s']:,.0f}",
             f"{row['single_model_ms']:.2f}",
-            f"{row['ratio']:.2f}",
+            f"{row['ratio']:.2f} ({row['cpu_ratio']:.2f})",
+            f"{row['one_by_one_ratio']:.2f} ({row['one_by_one_cpu_ratio']:.2f})",
             *(f"{ms:.2f}" for ms in row["parts_ms"].values()),
         )
     return grid

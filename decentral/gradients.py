@@ -20,6 +20,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call, vmap
 
 from decentral.batches import Batches
@@ -32,6 +33,11 @@ log = logging.getLogger(__name__)
 
 Mode = Literal["set", "add", "none"]  # what becomes of a micro-batch's gradient
 
+# What the workers of one pass keep until they are through, together: more of them would hardly save
+# any more of what a pass costs by itself, and would leave the processor's caches. A constant, where
+# a timing at the start of a run would find the best: with who goes together change the model's own
+# draws, and rounding where a worker goes alone, so that two runs of one seed would not be the same.
+PASS_BYTES = {"cpu": 2**25, "cuda": 2**33}
 # Stacked convolutions become one grouped convolution, which slows down with many groups: on a CPU
 # above 16, while an H200 takes 64 in a third of the time of four times 16 (benchmarks/gpu_rate.py).
 CHUNK_WORKERS_WITH_CONVOLUTIONS = {"cpu": 16, "cuda": 64}
@@ -75,6 +81,7 @@ class FlatModel:
         self.dtype = dtype
         self.device = device
         self.takes_vmap: bool | None = None  # until somebody has tried
+        self.pass_bytes = 0  # what a stacked worker's pass keeps; known where vmap was tried
         trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         floating = {name: b for name, b in module.named_buffers() if b.is_floating_point()}
         self.parameters = Layout(trainable)
@@ -224,8 +231,9 @@ class StackedGradient:
     """All n workers at once, [n, D]. All start from the same model.
 
     Gradients are taken with respect to per-layer views of the flat buffer, so that autograd
-    never sees the flat tensor. A model that vmap cannot take falls back to a loop over workers,
-    with one line in the log. `batches`, `measures` and `variance`, [n], are as in ModuleGradient.
+    never sees the flat tensor. A pass takes `chunk` workers, see `workers_at_once`; where that is
+    one, as for a large model, it is a plain pass. So it is for a model that vmap cannot take, with
+    one line in the log. `batches`, `measures` and `variance`, [n], are as in ModuleGradient.
     Autocast makes it a loop too: vmap takes a linear layer apart, and autocast then
     lowers its product but not the sum with the bias, which is another rounding than a worker's.
     """
@@ -260,10 +268,11 @@ class StackedGradient:
             model.takes_vmap = self._takes_vmap()
             if model.takes_vmap and autocast is not None:
                 log.warning("autocast rounds otherwise under vmap, so workers run one by one")
-        self._stacks = model.takes_vmap and autocast is None
-        convolves = any(isinstance(m, nn.modules.conv._ConvNd) for m in model.module.modules())
-        chunk = CHUNK_WORKERS_WITH_CONVOLUTIONS[model.device] if convolves else n
-        self._chunk = min(n, chunk) if self._stacks else 1
+        self.chunk = 1  # workers at once; one goes without vmap
+        if model.takes_vmap and autocast is None:
+            self.chunk = workers_at_once(model, n)
+            kept_mb = model.pass_bytes / 1e6
+            log.info("%d of %d workers at once: each keeps %.3g MB", self.chunk, n, kept_mb)
 
     def __call__(self, step: int) -> Tensor:
         self._square.zero_()
@@ -304,8 +313,8 @@ class StackedGradient:
         first = micro if isinstance(micro, int) else max(micro)
         seed_generators(self.sampler.seed(first), self._model.device)
         losses = []
-        for start in range(0, len(batch[0]), self._chunk):
-            taken = slice(start, start + self._chunk)  # of the batch
+        for start in range(0, len(batch[0]), self.chunk):
+            taken = slice(start, start + self.chunk)  # of the batch
             where = taken if rows is None else rows[taken]  # of the parameters
             leaves = {
                 name: view[where].detach().requires_grad_(mode != "none")
@@ -348,7 +357,7 @@ class StackedGradient:
     def _losses(
         self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], batch: tuple[Tensor, ...]
     ) -> Tensor:
-        if self._stacks:
+        if self.chunk > 1:
             return self._stacked(parameters, buffers, batch)
         parameters, buffers = (
             {name: view[0] for name, view in views.items()} for views in (parameters, buffers)
@@ -364,18 +373,46 @@ class StackedGradient:
         return self._task.loss(self._model(parameters, buffers, inputs), target)
 
     def _takes_vmap(self) -> bool:
-        """Try one worker's batch, on copies: the reason for a refusal is said once in the log."""
+        """Try one worker's batch, on copies, and see what it keeps: `pass_bytes` of the model.
+
+        The reason for a refusal is said once in the log.
+        """
         parameters, buffers = (
             {name: view[:1].clone() for name, view in views.items()}
             for views in (self._parameters, self._buffers)
         )
+        for leaf in parameters.values():
+            leaf.requires_grad_()
+        kept = {}  # bytes of each block of memory that autograd holds on to
+
+        def keep(tensor: Tensor) -> Tensor:
+            block = tensor.untyped_storage()
+            kept[block.data_ptr()] = block.nbytes()
+            return tensor
+
+        batch = tuple(tensor[:1].clone() for tensor in self._batch(0))
         try:
-            self._stacked(parameters, buffers, tuple(tensor[:1] for tensor in self._batch(0)))
+            with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
+                loss = self._stacked(parameters, buffers, batch)  # it holds what was kept
         except (RuntimeError, NotImplementedError) as error:
             reason = str(error).strip().split("\n")[0]
             log.warning("vmap cannot take this model, so workers run one by one: %s", reason)
             return False
+        del loss
+        self._model.pass_bytes = sum(kept.values()) + self.value[0].nbytes  # which copies gradients
         return True
+
+
+def workers_at_once(model: FlatModel, n: int) -> int:
+    """How many of n workers a stacked pass takes: a function of the model and its batch alone.
+
+    About PASS_BYTES of what autograd keeps, at least one worker, and no more than
+    CHUNK_WORKERS_WITH_CONVOLUTIONS where there are any; the n in as equal parts as can be.
+    """
+    most = max(1, PASS_BYTES[model.device] // max(1, model.pass_bytes))
+    if any(isinstance(m, nn.modules.conv._ConvNd) for m in model.module.modules()):
+        most = min(most, CHUNK_WORKERS_WITH_CONVOLUTIONS[model.device])
+    return math.ceil(n / math.ceil(n / most))
 
 
 def lower_precision(autocast: str | None, device: str) -> torch.autocast:

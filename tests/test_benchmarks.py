@@ -37,7 +37,7 @@ SMALL = {
         "--jobs",
         "1",
     ],
-    "simulator_rate": ["--workers", "4", "--workers", "8", "--repeats", "1"],
+    "simulator_rate": ["--workers", "3", "--repeats", "1", "--seconds", "0"],
     "soak": ["--kills", "1"],
     "startup": [
         *("--workers", "2", "--starts", "1", "--segments", "1"),
@@ -177,9 +177,12 @@ def test_the_parts_of_a_start_are_all_of_it_and_a_segment_costs_what_its_line_sa
 
 def test_simulator_rate_measures_the_sizes_asked_for(outputs):
     sizes = outputs["simulator_rate"][0]["sizes"]
-    assert [row["workers"] for row in sizes] == [4, 8]
-    assert {row["parameters"] for row in sizes} == {19_210}
-    assert all(row["step_ms"] > 0 and row["ratio"] > 0 for row in sizes)
+    models = ["mlp", "cnn", "gpt"]
+    assert [(row["model"], row["workers"]) for row in sizes] == [(model, 3) for model in models]
+    assert {row["parameters"] for row in sizes if row["model"] == "mlp"} == {19_210}
+    for row in sizes:
+        assert 1 < row["at_once"] <= row["workers"]
+        assert min(row[key] for key in ("step_ms", "ratio", "one_by_one_ratio")) > 0
 
 
 def test_a_soaked_run_ends_whole_without_the_worker_that_was_killed(outputs):

@@ -1,6 +1,10 @@
 """All workers at once are each worker alone: stacked gradients against the plain backward pass."""
 
 import logging
+import platform
+import subprocess
+import sys
+from typing import Any
 
 import pytest
 import torch
@@ -9,10 +13,12 @@ from torch import nn
 import decentral
 from decentral.gradients import (
     CHUNK_WORKERS_WITH_CONVOLUTIONS,
+    PASS_BYTES,
     FlatModel,
     Layout,
     ModuleGradient,
     StackedGradient,
+    workers_at_once,
 )
 from decentral.tasks import Sampler, Task
 from decentral.tasks.models import cnn, mlp
@@ -66,7 +72,7 @@ def normed():
 
 
 def dropping():
-    return nn.Sequential(nn.Linear(6, 30), nn.Dropout(), nn.Linear(30, 3))
+    return nn.Sequential(nn.Linear(6, 30), nn.Dropout(), nn.Dropout(), nn.Linear(30, 3))
 
 
 def normed_cnn():
@@ -104,7 +110,7 @@ def task_of(name):
     return Task(model, nn.functional.cross_entropy, (x, y), (x, y))
 
 
-def gradient_of(name, workers, dtype=torch.float64, **options):
+def gradient_of(name, workers, dtype=torch.float64, **options) -> tuple[Any, FlatModel]:
     """Of all these workers stacked, or of the one worker that an int names."""
     task = task_of(name)
     model = FlatModel(task.model, dtype)
@@ -189,7 +195,6 @@ def test_training_moves_running_statistics_and_counts_batches(name):
 
 @pytest.mark.parametrize("name", ["branching", "cumulative norm"])
 def test_a_model_that_vmap_cannot_take_is_said_once_in_a_run(name, caplog, monkeypatch):
-    monkeypatch.setattr("decentral.tasks.TASKS", {})
     monkeypatch.setattr("decentral.experiment.TASKS", {"mine": lambda workers, seed: task_of(name)})
     config = {
         "workers": 3,
@@ -210,6 +215,66 @@ def test_a_model_that_vmap_cannot_take_is_said_once_in_a_run(name, caplog, monke
 def test_a_model_that_vmap_takes_is_not_spoken_of(caplog):
     gradient_of("mlp", [0, 1])
     assert not caplog.records
+
+
+# --- workers at once ---
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "tied and frozen", "normed cnn"])
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+def test_who_goes_together_does_not_matter(name, chunk):
+    """But for rounding, and so not in what a run's seed determines: see PASS_BYTES."""
+    together, _ = gradient_of(name, list(range(5)), accumulate=2)
+    apart, _ = gradient_of(name, list(range(5)), accumulate=2)
+    assert together.chunk == 5
+    apart.chunk = chunk
+    for step in (0, 3):
+        assert_close(apart(step), together(step))
+        assert_close(apart.value, together.value)
+        assert_close(apart.buffers, together.buffers)
+
+
+def test_workers_at_once_by_hand():
+    _, model = gradient_of("mlp", [0, 1])
+    _, convolving = gradient_of("cnn", [0, 1])
+    cap = CHUNK_WORKERS_WITH_CONVOLUTIONS["cpu"]
+    for each, n, expected in [(2**22, 8, 8), (2**22, 9, 5), (2**22 + 1, 8, 4), (2**30, 3, 1)]:
+        model.pass_bytes = each
+        assert workers_at_once(model, n) == expected  # 2^25 bytes are those of eight
+    assert workers_at_once(convolving, cap + 1) == cap // 2 + 1
+
+
+def test_what_a_worker_keeps_follows_from_shapes_alone():
+    """By hand, in float64: what the backward pass of an mlp 6-5-3 needs, and the gradient."""
+    _, model = gradient_of("mlp", [0, 1])
+    numbers = BATCH * (6 + 5 + 3)  # inputs, after ReLU, after log-softmax
+    targets = BATCH  # int64
+    assert numbers + 5 * 3 + len(model.x) <= model.pass_bytes / 8 <= numbers + 15 + 53 + 3 * targets
+    for other in (list(range(7)), [4, 2, 9]):  # other workers, samples and numbers of them
+        assert gradient_of("mlp", other)[1].pass_bytes == model.pass_bytes
+    whole, halved = (
+        gradient_of("mlp", [0, 1], torch.float64),
+        gradient_of("mlp", [0], torch.float32),
+    )
+    assert halved[1].pass_bytes < 0.6 * whole[1].pass_bytes
+
+
+def test_what_a_model_draws_depends_on_who_goes_together(monkeypatch):
+    """Layer by layer; so no timing may choose, or the same seed would not give the same run."""
+    monkeypatch.setitem(MODELS, "dropping", (dropping, (6,), True))
+    first, again, apart = (gradient_of("dropping", list(range(5)))[0] for _ in range(3))
+    apart.chunk = 2
+    losses = first(0)
+    assert torch.equal(again(0), losses)
+    assert not torch.allclose(apart(0), losses)
+
+
+def test_how_many_workers_go_at_once_is_said(caplog):
+    with caplog.at_level(logging.INFO, logger="decentral"):
+        stacked, _ = gradient_of("mlp", [0, 1, 2])
+    (record,) = caplog.records
+    assert record.getMessage().startswith("3 of 3 workers at once: each keeps 0.00")
+    assert stacked.chunk == 3
 
 
 def test_a_shared_parameter_is_there_once_and_a_frozen_one_not_at_all():
@@ -339,3 +404,48 @@ def test_a_run_under_autocast_stays_near_the_exact_one(quick, caplog):
 def test_autocast_is_refused_where_it_would_do_nothing(quick, dtype):
     with pytest.raises(decentral.UserError, match=r"gradient.autocast: .*dtype=float32"):
         decentral.run(quick | {"gradient": {"autocast": "bfloat16"}, "dtype": dtype})
+
+
+# --- memory ---
+
+FAULTS = """
+import resource, torch
+from decentral.engines.sim import keep_freed_memory
+
+def step():
+    return sum(tensor.shape[0] for tensor in [torch.ones(2**20) for _ in range(10)])  # of 4 MiB
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+step()
+without = faults()
+keep_freed_memory()
+step()
+print(without, faults())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_a_step_finds_the_memory_of_the_last_one():
+    """Three steps of 40 MiB, in pages of 4 KiB: faults before and after."""
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, timeout=120
+    )
+    without, kept = map(int, done.stdout.split())
+    assert without > 3 * 5000
+    assert kept < 300
+
+
+def test_a_pass_of_many_workers_is_bounded_in_memory():
+    """[n, D] for parameters and gradient; of what a pass needs, PASS_BYTES."""
+    _, model = gradient_of("mlp", [0, 1])
+    most = PASS_BYTES["cpu"]
+    for each in (10**3, 10**6, 2 * 10**7, 10**9):
+        model.pass_bytes = each
+        for n in (1, 7, 64, 1000):
+            assert workers_at_once(model, n) * each <= max(most, each)

@@ -71,6 +71,21 @@ def test_a_fused_step_is_the_plain_one(name, options):
     assert (found[0] - start).abs().min() > 1e-3
 
 
+@pytest.mark.parametrize(("name", "lr"), [("sgd", 0.05), ("adam", 0.5), ("adamw", 0.5)])
+def test_a_step_in_bfloat16_is_the_exact_one_to_rounding(name, lr):
+    start, gradient = array(64).bfloat16(), array(64, seed=1).bfloat16()
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        x = start.to(dtype, copy=True)
+        stepper = optimizer(name, {"lr": lr})([x])
+        x.grad = gradient.to(dtype)
+        stepper.step()
+        found.append(x.double())
+    # A few roundings to eight bits, of numbers below 4.
+    torch.testing.assert_close(*found, rtol=0, atol=3 * 2**-7)
+    assert (found[0] - start).abs().max() > 10 * 2**-7
+
+
 def test_columns_of_a_matrix_are_stepped_on_alone():
     x = array(4, 6)
     start, columns = x.clone(), x[:, 1:3]

@@ -25,6 +25,7 @@ class Simulator:
     """An Engine. One Replica holds [n, D]; mixing is a matrix product."""
 
     def __init__(self, experiment: Experiment):
+        keep_freed_memory()
         self._experiment = experiment
         self._model = FlatModel(
             copy.deepcopy(experiment.task.model), experiment.dtype, experiment.config.sim.device
@@ -145,3 +146,13 @@ class Simulator:
     def _mean(self) -> tuple[Tensor, Tensor]:
         x, buffers = self.replica.x.mean(dim=0), self.replica.buffers.mean(dim=0)
         return x, averaged_buffers(self._model, self._experiment, x, buffers)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep 64 MiB of what torch frees, for the next step; elsewhere it does nothing.
+
+    What goes back to the system at the end of a step comes again page by page, each with a fault.
+    glibc gives back what is above twice the largest block that it ever mapped by itself and freed,
+    and maps by itself what is larger than that block, if it is below 32 MiB (malloc.c).
+    """
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)
