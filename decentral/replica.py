@@ -265,7 +265,7 @@ class Replica:
             v.copy_(self.comm.mean_of_group(v, self.step))
         elif self.averaging is Averaging.NEIGHBOURS and v.numel():
             if self._wire is None:
-                v.copy_(self.comm.mix(v, self.step))
+                self.comm.mix_(v, self.step)
             else:
                 wire = self._wire
                 message = wire.encode(v, self.key())

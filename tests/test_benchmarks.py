@@ -37,6 +37,7 @@ SMALL = {
         "--jobs",
         "1",
     ],
+    "mixing": ["--workers", "9", "--parameters", "20", "--pairs", "1"],
     "simulator_rate": ["--workers", "4", "--workers", "8", "--repeats", "1"],
     "soak": ["--kills", "1"],
     "startup": [
