@@ -73,7 +73,7 @@ class Comm(Protocol):
         ...
 
     def mix_(self, x: Tensor, step: int) -> None:
-        """x_i <- sum_j W(step)_ij x_j in place, x [n, D] or [D], without a second x where it can."""
+        """x_i <- sum_j W(step)_ij x_j in place, x [n, D] or [D]."""
         ...
 
     def mean(self, x: Tensor, step: int, counted: bool = True) -> Tensor:

@@ -78,7 +78,10 @@ class Gradient(Protocol):
 
 @runtime_checkable
 class StepRule(Protocol):
-    """One step of a method on a replica, and what `decentral methods` says of it."""
+    """One step of a method on a replica, and what `decentral methods` says of it.
+
+    It may say what it `holds` as well: floats of a worker in `replica.state` from step to step.
+    """
 
     @property
     def equation(self) -> str: ...

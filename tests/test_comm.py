@@ -118,6 +118,23 @@ def test_mixing_in_place_is_mixing_in_any_blocks_of_columns(name, dtype, monkeyp
     torch.testing.assert_close(mixed[1], mixed[0], rtol=rtol, atol=rtol)
 
 
+def test_sums_of_bfloat16_are_rounded_once():
+    """Each sum to the nearest of 8 bits; 64 summands added up in them would be off by far more."""
+    topology = topologies.build(64, "complete")
+    comm = StackedComm(64, Mixing(topology), torch.bfloat16)
+    x = 1 + start(64, torch.bfloat16).abs()
+    exact = topology.matrix(0).toarray() @ x.double().numpy()
+    mean, mixed = comm.mean(x, 0), x.clone()
+    comm.mix_(mixed, 0)
+    assert mixed.dtype == mean.dtype == torch.bfloat16
+    for rounded in (mixed, mean.expand_as(x)):
+        np.testing.assert_allclose(rounded.double(), exact, rtol=2.0**-8)
+    naive = torch.zeros(7, dtype=torch.bfloat16)
+    for row in x:
+        naive += row
+    assert np.abs(naive.double() / 64 / exact[0] - 1).max() > 2.0**-7
+
+
 class Largest(TorchDispatchMode):
     """The bytes of the largest memory, beside that of some tensor, which operations worked in."""
 
