@@ -13,6 +13,7 @@ from decentral import topology as topologies
 from decentral.comm import StackedComm, all_reduce_bytes
 from decentral.mixing import Mixing
 from decentral.peer import PeerComm
+from decentral.replica import squared_distance
 
 CASES = [
     ("ring", {}),
@@ -133,6 +134,21 @@ def test_sums_of_bfloat16_are_rounded_once():
     for row in x:
         naive += row
     assert np.abs(naive.double().numpy() / 64 / exact[0] - 1).max() > 2.0**-7
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [2**18, 100, 1])
+def test_distances_are_those_of_each_row_in_any_blocks(block, dtype, monkeypatch):
+    monkeypatch.setitem(door.BLOCK_BYTES, "cpu", block)
+    x = start(9, dtype)
+    for other in (x.mean(0, keepdim=True), x.flip(0)):
+        exact = (x.double() - other.double()).square().sum(1)
+        distance = squared_distance(x, other)
+        assert distance.dtype == torch.float64
+        rtol = 1e-14 if dtype == torch.float64 else 1e-6
+        torch.testing.assert_close(distance, exact, rtol=rtol, atol=rtol)
+        each = [squared_distance(*pair) for pair in zip(x, other.expand_as(x), strict=True)]
+        torch.testing.assert_close(torch.stack(each), exact, rtol=rtol, atol=rtol)
 
 
 class Largest(TorchDispatchMode):
