@@ -40,6 +40,7 @@ NAMED: dict[str, dict[str, Any]] = {
     "one_peer_exponential": {},
     "random_matchings": {"graph": "torus"},
 }
+SHORT = ("ring", "torus", "exp", "4-reg", "1-peer", "match", "file")  # in the table
 LEAST_S = 2e-3  # that a half of a pair takes
 
 
@@ -157,12 +158,11 @@ def table(
     grid = Table(
         title=f"times of degree + 1 copies of the buffer: medians of {pairs} pairs; threads: "
         f"{threads}",
-        caption="mean, distance: times of one copy",
+        caption="copy: ms of one. mean, dist(ance): times of one copy",
         box=box.SIMPLE_HEAD,
     )
-    names = list(dict.fromkeys(row["topology"] for row in rows))
-    for name in ("n", "D", "copy ms", *names, "mean", "distance"):
-        grid.add_column(name, justify="right")
+    for name in ("n", "D", "copy", *SHORT, "mean", "dist"):
+        grid.add_column(name, justify="right", no_wrap=True)
     for mean in means:
         size = mean["workers"], mean["parameters"]
         own = [row for row in rows if (row["workers"], row["parameters"]) == size]

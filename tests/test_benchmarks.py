@@ -37,7 +37,12 @@ SMALL = {
         "--jobs",
         "1",
     ],
+    "memory": ["--workers", "2", "--hidden", "8", "--steps", "2"],
     "mixing": ["--workers", "9", "--parameters", "20", "--pairs", "1"],
+    "scale": [
+        *("--workers", "4", "--rounds", "1"),
+        *("--recorded", "10", "--digits", "4", "--logistic", "4"),
+    ],
     "simulator_rate": ["--workers", "4", "--workers", "8", "--repeats", "1"],
     "soak": ["--kills", "1"],
     "startup": [
