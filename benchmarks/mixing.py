@@ -2,9 +2,9 @@
 
 The models of n workers are one buffer [n, D]. x <- W x has to read, for each worker, itself and its
 neighbours: as much as degree + 1 copies of the buffer. Both alternate, and a ratio is the median
-over pairs, so that a busy machine slows both. A topology that changes from step to step is taken
-through its sequence, a step after the other. Beside them the mean over workers and the consensus
-distance, as times of one copy.
+over pairs: of processor time, which other programs on the machine touch little, and beside it the
+clock's. A topology that changes from step to step is taken through its sequence, a step after the
+other. Beside them the mean over workers and the consensus distance, as times of one copy.
 
     python benchmarks/mixing.py --out benchmarks/results/mixing.json
 """
@@ -101,16 +101,17 @@ def mixing(topology: Topology, x: Tensor, pairs: int) -> dict[str, Any]:
         step += 1
 
     entries = sum(W.nnz for W in topology.matrices) / len(topology.matrices)
-    mixed, copied, ratio = paired(mix, lambda: other.copy_(x), pairs, len(topology.matrices))
+    taken = paired(mix, lambda: other.copy_(x), pairs, len(topology.matrices))
     copies = entries / len(x)
     return {
         "topology": topology.name,
         "workers": len(x),
         "parameters": x.shape[1],
         "copies": copies,
-        "mix_ms": mixed * 1e3,
-        "copy_ms": copied * 1e3,
-        "ratio": ratio / copies,
+        "mix_ms": statistics.median(mixed for (_, mixed), _ in taken) * 1e3,
+        "copy_ms": statistics.median(copied for _, (_, copied) in taken) * 1e3,
+        "ratio": ratio(taken, 0) / copies,
+        "clock_ratio": ratio(taken, 1) / copies,
     }
 
 
@@ -124,32 +125,43 @@ def averages(x: Tensor, pairs: int) -> dict[str, Any]:
         "distance": lambda: squared_distance(x, mean),
     }
     for name, act in acts.items():
-        *_, row[name] = paired(act, lambda: other.copy_(x), pairs, 1)
+        row[name] = ratio(paired(act, lambda: other.copy_(x), pairs, 1), 0)
     return row
+
+
+Times = tuple[float, float]  # seconds of processor time, and by the clock
 
 
 def paired(
     act: Callable[[], object], copy: Callable[[], object], pairs: int, least: int
-) -> tuple[float, float, float]:
-    """Seconds of each, and how many times as long as `copy` `act` takes: medians over pairs.
+) -> list[tuple[Times, Times]]:
+    """Of each pair, the times of a call of each.
 
     Each half of a pair is repeated for LEAST_S, and a multiple of `least` times.
     """
-    times = [least * max(1, round(LEAST_S / (least * seconds(half, 3)))) for half in (act, copy)]
-    taken: tuple[list[float], list[float]] = [], []
+    halves = (act, copy)
+    repeats = [least * max(1, round(LEAST_S / (least * seconds(half, 3)[0]))) for half in halves]
+    taken = []
     for pair in range(pairs):
+        times = {}
         for half in (0, 1) if pair % 2 == 0 else (1, 0):
-            taken[half].append(seconds((act, copy)[half], times[half]))
-    ratio = statistics.median(a / b for a, b in zip(*taken, strict=True))
-    return statistics.median(taken[0]), statistics.median(taken[1]), ratio
+            times[half] = seconds(halves[half], repeats[half])
+        taken.append((times[0], times[1]))
+    return taken
 
 
-def seconds(act: Callable[[], object], times: int) -> float:
-    """Mean seconds of a call."""
-    start = time.perf_counter()
+def ratio(taken: list[tuple[Times, Times]], by: int) -> float:
+    """Of the first of each pair to the second, by processor time (0) or the clock (1)."""
+    return statistics.median(act[by] / copy[by] for act, copy in taken)
+
+
+def seconds(act: Callable[[], object], times: int) -> Times:
+    """Mean of a call."""
+    start, cpu_start = time.perf_counter(), time.process_time()
     for _ in range(times):
         act()
-    return (time.perf_counter() - start) / times
+    stop, cpu_stop = time.perf_counter(), time.process_time()
+    return max(1e-9, cpu_stop - cpu_start) / times, (stop - start) / times
 
 
 def table(
@@ -158,7 +170,7 @@ def table(
     grid = Table(
         title=f"times of degree + 1 copies of the buffer: medians of {pairs} pairs; threads: "
         f"{threads}",
-        caption="copy: ms of one. mean, dist(ance): times of one copy",
+        caption="copy: ms of one. mean, dist(ance): times of one copy. All of processor time",
         box=box.SIMPLE_HEAD,
     )
     for name in ("n", "D", "copy", *SHORT, "mean", "dist"):

@@ -4,12 +4,13 @@ Scale: gossip SGD on the paper's logistic regression, dimension 10, batch 32, pl
 a ring and an exponential graph. Beside it one plain torch step of ONE model on the same n x 32
 samples, drawn by the same sampler; and, drawn beforehand, that step alone. All three take turns.
 
-Records: a run through the coordinator, with a record every 10 steps (the default), lines of
-progress, a run directory, and an evaluation at the end, beside the same steps of the bare engine.
+Records: steps through the coordinator, with a record every 10 (the default), written to a run
+directory, and lines of progress, beside the same steps of the bare engine. The evaluation at the
+end is timed apart.
 
     python benchmarks/scale.py --out benchmarks/results/scale.json
 
-Ratios are medians over rounds, so that a busy machine slows all alike.
+Ratios are medians over rounds, of processor time, which other programs on the machine touch little.
 """
 
 import copy
@@ -28,11 +29,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from decentral import api
 from decentral.config import load
+from decentral.coordinator import Coordinator
 from decentral.engines.sim import Simulator
 from decentral.experiment import Experiment, build
 from decentral.progress import Terminal
+from decentral.records import RunDirectory
 from decentral.replica import Averaging, Segment
 from decentral.tasks import fetch
 
@@ -146,14 +148,13 @@ def single_model(experiment: Experiment, draws: bool) -> Callable[[], None]:
 
 
 def overhead(name: str, n: int, steps: int, rounds: int) -> dict[str, Any]:
-    """Of a run with records to the bare steps: its time beyond them, and the last evaluation's."""
+    """Of steps with records to bare ones: the time beyond them, less that of the evaluation."""
     config = load(RECORDED[name] | {"workers": n, "steps": steps, "network": {"compute_ms": 1.0}})
     experiment = build(config)
     simulator = Simulator(experiment)
-    evaluation_s: list[float] = []
+    schedule, between = experiment.algorithm.schedule, experiment.algorithm.between
 
     def bare() -> None:
-        between, schedule = experiment.algorithm.between, experiment.algorithm.schedule
         step = 0
         while step < steps:
             average = schedule.next_average(step)
@@ -162,31 +163,41 @@ def overhead(name: str, n: int, steps: int, rounds: int) -> dict[str, Any]:
             simulator.run(Segment(step, stop, between, everyone, record=False))
             step = stop
 
-    def recorded() -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            watcher = Terminal(Console(file=io.StringIO()))
-            result = api.execute(config, Path(folder) / "out", watcher)
-        return float(result.metrics["time_s"].iloc[-1])
+    def recorded() -> None:
+        watcher = Terminal(Console(file=io.StringIO()))
+        watcher.begin(experiment, 0)
+        coordinator = Coordinator(experiment, simulator)
+        for record in coordinator.run():
+            if record is not None:
+                directory.append(record)
+            watcher.advance(coordinator.step, record)
+        watcher.end()
 
-    bares, runs = [], []
-    for _ in range(rounds):
-        bares.append(seconds(bare))
-        runs.append(recorded())
-        evaluation_s.append(seconds(simulator.evaluate))
-    without = [run - one for run, one in zip(runs, evaluation_s, strict=True)]
+    def evaluate() -> None:
+        simulator.evaluate()
+
+    with tempfile.TemporaryDirectory() as folder:
+        directory = RunDirectory(Path(folder))
+        directory.start(config, experiment.shards, 0)
+        taken = turns({"bare": bare, "recorded": recorded, "evaluation": evaluate}, rounds)
+        directory.finish({}, None)
+    without = [
+        run - evaluation
+        for run, evaluation in zip(taken["recorded"], taken["evaluation"], strict=True)
+    ]
     return {
         "task": name,
         "workers": n,
         "steps": steps,
-        "bare_s": statistics.median(bares),
-        "records": ratio(without, bares) - 1,
-        "one_evaluation_ms": statistics.median(evaluation_s) * 1e3,
-        "steps_an_evaluation_takes": ratio(evaluation_s, bares) * steps,
+        "step_ms": statistics.median(taken["bare"]) / steps * 1e3,
+        "records": ratio(without, taken["bare"]) - 1,
+        "evaluation_ms": statistics.median(taken["evaluation"]) * 1e3,
+        "evaluation_in_steps": ratio(taken["evaluation"], taken["bare"]) * steps,
     }
 
 
 def turns(acts: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, round by round, another one first in each; the first round is to warm up."""
+    """Processor seconds of each, round by round; before them a round to warm up."""
     taken: dict[str, list[float]] = {name: [] for name in acts}
     names = list(acts)
     for number in range(rounds + 1):
@@ -197,9 +208,9 @@ def turns(acts: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[fl
 
 
 def seconds(act: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     act()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def ratio(times: list[float], of: list[float]) -> float:
