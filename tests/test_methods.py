@@ -20,6 +20,7 @@ from decentral.algorithms.schedules import (
     PostLocal,
     QuadraticRule,
 )
+from decentral.asynchronous import AsynchronousRule
 from decentral.draws import hash64
 from decentral.replica import Averaging, Segment
 
@@ -146,8 +147,9 @@ def test_a_method_holds_what_its_row_says(name):
     if name in ALL:
         held = floats(run(bare(name), Quadratic(), 4, path).state)
     else:
-        x = Quadratic().parameters  # of which gradients have a copy, where they are taken
-        held = x.numel() + floats(PRESETS[name]().rule.state(x))
+        x, rule = Quadratic().parameters, PRESETS[name]().rule
+        assert isinstance(rule, AsynchronousRule)
+        held = x.numel() + floats(rule.state(x))  # and where gradients are taken, a copy of x
     counts = {
         "nothing": 0,
         "1": N,

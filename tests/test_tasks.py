@@ -728,14 +728,18 @@ def test_importing_tasks_imports_neither_sklearn_nor_ray_nor_networkx():
 
 
 def test_data_is_held_in_the_dtype_of_the_run_once_and_never_in_a_wider_one():
+    def tensors(data: Data | None) -> tuple[Tensor, ...]:
+        assert isinstance(data, TensorDataset)
+        return data.tensors
+
     double, single, label = torch.rand(4, 2).double(), torch.rand(4, 3), torch.arange(4)
     task = Task(nn.Linear(2, 2), nn.functional.mse_loss, (double, single, label), (double, label))
     narrow = narrowed(task, torch.float32)
-    (train_double, train_single, train_label), test = narrow.train.tensors, narrow.test.tensors
+    (train_double, train_single, train_label), test = tensors(narrow.train), tensors(narrow.test)
     assert train_double.dtype == torch.float32
     assert test[0] is train_double  # one copy of what both have
     assert train_single is single
     assert train_label is test[1] is label
     assert torch.equal(train_double, double.float())
-    assert narrowed(task, torch.float64).train.tensors[1].dtype == torch.float32
-    assert task.train.tensors[0] is double  # the task itself stays as it is
+    assert tensors(narrowed(task, torch.float64).train)[1].dtype == torch.float32
+    assert tensors(task.train)[0] is double  # the task itself stays as it is
