@@ -560,7 +560,7 @@ def methods(
     for row in rows:
         options = f" ({row['options']})" if row["options"] else ""
         console.print(f"[bold]{row['name']}[/bold]{escape(options)}: {escape(row['summary'])}")
-        for part in ("equation", "source", "sends", "requires"):
+        for part in ("equation", "source", "sends", "requires", "holds"):
             console.print(f"  {part:9}{escape(row[part])}", highlight=False, soft_wrap=True)
 
 
@@ -571,7 +571,8 @@ def _methods_page(rows: list[dict[str, str]]) -> str:
         "",
         "Made by `decentral methods --markdown`. D is the number of parameters, W the mixing",
         "matrix, g the stochastic gradient, gamma the learning rate. A global average replaces the",
-        "mixing of its step: W = J = 11'/n.",
+        "mixing of its step: W = J = 11'/n. Held are the floats of a worker that stay from step to",
+        "step, beside parameters, gradient and what the local optimizer remembers.",
     ]
     for row in rows:
         lines += ["", f"## {row['name']}", "", row["summary"], ""]
@@ -579,6 +580,7 @@ def _methods_page(rows: list[dict[str, str]]) -> str:
             lines.append(f"- options: `{row['options']}`")
         lines += [f"- equation: `{row['equation']}`", f"- source: {row['source']}"]
         lines += [f"- sends a step: {row['sends']}", f"- asks of W: {row['requires']}"]
+        lines.append(f"- holds: {row['holds']}")
     return "\n".join(lines) + "\n"
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from decentral.comm import accumulation_dtype
 from decentral.draws import hash64, shuffled
 from decentral.experiment import Experiment
 from decentral.gradients import FlatModel, seed_generators
@@ -102,8 +103,8 @@ def _figures(
         output = model(model.parameters.views(x), model.buffers.views(buffers), inputs)
         values = [task.loss(output, target)]
         if task.accuracy is not None:
-            values.append(task.accuracy(output, target).to(values[0]))
-        return torch.stack(values)
+            values.append(task.accuracy(output, target))
+        return torch.stack([value.to(accumulation_dtype(x.dtype)) for value in values])
 
     with torch.no_grad():
         if model.takes_vmap and len(x) > 1:

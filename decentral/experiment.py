@@ -69,6 +69,7 @@ from decentral.tasks import (
     label_counts,
     labels,
     length,
+    narrowed,
 )
 from decentral.topology import Topology
 
@@ -260,7 +261,7 @@ def build(config: Config, topology: Topology | None = None) -> Experiment:
         make_scheduler = lr_schedule(schedule.name, schedule.options, config.steps)
     if config.engine == "sim" and config.sim.device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device here; set sim.device: cpu", "sim.device")
-    task = _task(config)
+    task = narrowed(_task(config), accumulation_dtype(DTYPES[config.dtype]))
     if excluded(config.optimizer.options) == "norms_and_biases":
         shapes = [p.shape for p in task.model.parameters() if p.requires_grad]
         make_optimizer = without_decay(make_optimizer, shapes)

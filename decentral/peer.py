@@ -158,6 +158,9 @@ class PeerComm:
         self.events.append(Event("neighbours", step, nbytes(message)))
         return own.to(dtype) * own_weight if mixed is None else mixed
 
+    def mix_(self, x: Tensor, step: int) -> None:
+        x.copy_(self.mix(x, step))
+
     def mean(self, x: Tensor, step: int, counted: bool = True) -> Tensor:
         total = self._all_reduce(x, step, counted=counted)
         return x.clone() if total is None else total.div_(self.n).to(x)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from decentral.batches import Batches
-from decentral.comm import Comm, Decode, Event, accumulation_dtype
+from decentral.comm import BLOCK_BYTES, Comm, Decode, Event, accumulation_dtype
 from decentral.draws import hash64
 
 
@@ -78,7 +78,10 @@ class Gradient(Protocol):
 
 @runtime_checkable
 class StepRule(Protocol):
-    """One step of a method on a replica, and what `decentral methods` says of it."""
+    """One step of a method on a replica, and what `decentral methods` says of it.
+
+    It may say what it `holds` as well: floats of a worker in `replica.state` from step to step.
+    """
 
     @property
     def equation(self) -> str: ...
@@ -265,7 +268,7 @@ class Replica:
             v.copy_(self.comm.mean_of_group(v, self.step))
         elif self.averaging is Averaging.NEIGHBOURS and v.numel():
             if self._wire is None:
-                v.copy_(self.comm.mix(v, self.step))
+                self.comm.mix_(v, self.step)
             else:
                 wire = self._wire
                 message = wire.encode(v, self.key())
@@ -502,19 +505,24 @@ def consensus_distance(deviation: np.ndarray) -> float:
 
 
 def squared_distance(x: Tensor, other: Tensor) -> Tensor:
-    """||x_i - other_i||^2 over the last axis, [...], a few rows at a time to spare memory.
+    """||x_i - other_i||^2 over the last axis, [...], in float64; the sums are those of x's dtype.
 
-    `other` broadcasts against x.
+    `other` broadcasts against x. Some rows at a time, whose differences stay in the cache.
     """
     dtype = accumulation_dtype(x.dtype)
     if x.dim() == 1:
-        return squared_norm(x.to(dtype) - other.to(dtype))
-    others = other.expand(len(x), -1)
-    rows = [
-        squared_norm(mine.to(dtype) - theirs.to(dtype))
-        for mine, theirs in zip(x.split(64), others.split(64), strict=True)
+        return _squared_length(x.to(dtype) - other.to(dtype))
+    rows = max(1, BLOCK_BYTES[x.device.type] // max(1, x.shape[1] * dtype.itemsize))
+    others = other.expand_as(x)
+    distances = [
+        _squared_length(mine.to(dtype) - theirs.to(dtype))
+        for mine, theirs in zip(x.split(rows), others.split(rows), strict=True)
     ]
-    return torch.cat(rows)
+    return torch.cat(distances)
+
+
+def _squared_length(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1).double().square_()
 
 
 def squared_norm(x: Tensor) -> Tensor:

@@ -37,6 +37,12 @@ SMALL = {
         "--jobs",
         "1",
     ],
+    "memory": ["--workers", "2", "--hidden", "8", "--steps", "2"],
+    "mixing": ["--workers", "9", "--parameters", "20", "--pairs", "1"],
+    "scale": [
+        *("--workers", "4", "--rounds", "1"),
+        *("--recorded", "10", "--digits", "4", "--logistic", "4"),
+    ],
     "simulator_rate": ["--workers", "3", "--repeats", "1", "--seconds", "0"],
     "soak": ["--kills", "1"],
     "startup": [

@@ -4,12 +4,16 @@ import numpy as np
 import pytest
 import torch
 from processes import run_on_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from decentral import comm as door
 from decentral import peer
 from decentral import topology as topologies
 from decentral.comm import StackedComm, all_reduce_bytes
 from decentral.mixing import Mixing
 from decentral.peer import PeerComm
+from decentral.replica import squared_distance
 
 CASES = [
     ("ring", {}),
@@ -87,6 +91,86 @@ def test_stacked_mixing_is_the_matrix_product_of_its_step(name):
         expected = topology.matrix(step).toarray() @ x.numpy()
         x = comm.mix(x, step)
         np.testing.assert_allclose(x, expected, atol=1e-15)
+
+
+BLOCKS = [(2**18, 2**10), (96, 8), (8, 8)]  # one block, two to four, up to seven
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["ring", "exponential", "one_peer_exponential"])
+def test_mixing_in_place_is_mixing_in_any_blocks_of_columns(name, dtype, monkeypatch):
+    topology = topologies.build(6, name)
+    # A sum may be taken with or without an intermediate rounding of its products.
+    rtol = {torch.float64: 1e-15, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    for whole, row in BLOCKS:
+        monkeypatch.setattr(door, "BLOCK_BYTES", {"cpu": whole})
+        monkeypatch.setattr(door, "LEAST_ROW_BYTES", row)
+        comm = StackedComm(6, Mixing(topology), dtype)
+        other = StackedComm(6, Mixing(topology), dtype)
+        x, expected = start(6, dtype), start(6, dtype)
+        for step in range(4):
+            comm.mix_(x, step)
+            expected = other.mix(expected, step).to(dtype)
+        assert comm.bytes_sent == other.bytes_sent
+        assert comm.events == other.events
+        torch.testing.assert_close(x, expected, rtol=rtol, atol=rtol)
+
+
+def test_sums_of_bfloat16_are_rounded_once():
+    """Each sum to the nearest of 8 bits; 64 summands added up in them would be off by far more."""
+    topology = topologies.build(64, "complete")
+    comm = StackedComm(64, Mixing(topology), torch.bfloat16)
+    x = 1 + start(64, torch.bfloat16).abs()
+    exact = topology.matrix(0).toarray() @ x.double().numpy()
+    mean, mixed = comm.mean(x, 0), x.clone()
+    comm.mix_(mixed, 0)
+    assert mixed.dtype == mean.dtype == torch.bfloat16
+    for rounded in (mixed, mean.expand_as(x)):
+        np.testing.assert_allclose(rounded.double(), exact, rtol=2.0**-8)
+    naive = torch.zeros(7, dtype=torch.bfloat16)
+    for row in x:
+        naive += row
+    assert np.abs(naive.double().numpy() / 64 / exact[0] - 1).max() > 2.0**-7
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [2**18, 100, 1])
+def test_distances_are_those_of_each_row_in_any_blocks(block, dtype, monkeypatch):
+    monkeypatch.setitem(door.BLOCK_BYTES, "cpu", block)
+    x = start(9, dtype)
+    for other in (x.mean(0, keepdim=True), x.flip(0)):
+        exact = (x.double() - other.double()).square().sum(1)
+        distance = squared_distance(x, other)
+        assert distance.dtype == torch.float64
+        rtol = 1e-14 if dtype == torch.float64 else 1e-6
+        torch.testing.assert_close(distance, exact, rtol=rtol, atol=rtol)
+        each = [squared_distance(*pair) for pair in zip(x, other.expand_as(x), strict=True)]
+        torch.testing.assert_close(torch.stack(each), exact, rtol=rtol, atol=rtol)
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest memory, beside that of some tensor, which operations worked in."""
+
+    def __init__(self, beside):
+        super().__init__()
+        self.bytes, self._beside = 0, beside.untyped_storage().data_ptr()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            memory = tensor.untyped_storage()
+            if memory.data_ptr() != self._beside:
+                self.bytes = max(self.bytes, memory.nbytes())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixing_in_place_takes_no_second_buffer(dtype):
+    comm = StackedComm(64, Mixing(topologies.build(64, "ring")), dtype)
+    x = torch.ones(64, 10_000, dtype=dtype)
+    with Largest(x) as largest:
+        comm.mix_(x, 0)
+    assert 0 < largest.bytes < x.nbytes / 4
 
 
 def test_bytes_are_those_of_the_messages():

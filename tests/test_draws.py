@@ -128,6 +128,14 @@ def test_successive_keys_and_positions_are_uncorrelated_in_a_large_permutation()
     assert fixed == pytest.approx(1, abs=0.25)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 64, 1025])
+def test_an_order_is_that_of_the_hashed_positions_whatever_is_sorted_at_a_time(size, monkeypatch):
+    key = hash64(3, torch.arange(7))
+    monkeypatch.setattr(draws, "SHUFFLE_BLOCK", 2 * size + 1)
+    hashed = hash64(key[:, None], torch.arange(size))
+    assert torch.equal(shuffled(key, size), hashed.argsort(dim=1))
+
+
 def test_an_order_does_not_depend_on_the_others_in_the_call():
     key = hash64(torch.arange(20))
     together = shuffled(key, 30)

@@ -400,6 +400,17 @@ def test_a_run_under_autocast_stays_near_the_exact_one(quick, caplog):
     ]
 
 
+def test_a_run_in_bfloat16_stays_near_the_exact_one_and_counts_right_answers_exactly(quick):
+    exact = decentral.run(quick | {"dtype": "float32"}).metrics
+    rounded = decentral.run(quick | {"dtype": "bfloat16"})
+    loss = rounded.metrics.loss
+    assert (loss != exact.loss).all()
+    assert ((loss - exact.loss).abs() < 0.1 * exact.loss + 1e-3).all()  # eight bits, step by step
+    assert all(p.dtype == torch.bfloat16 for p in rounded.model.parameters())
+    right = rounded.metrics.eval_accuracy.iloc[-1] * 360  # samples of the test set
+    assert right == pytest.approx(round(right), abs=1e-3)
+
+
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_autocast_is_refused_where_it_would_do_nothing(quick, dtype):
     with pytest.raises(decentral.UserError, match=r"gradient.autocast: .*dtype=float32"):

@@ -10,7 +10,7 @@ from harness import D, N, Quadratic, replica_of, ring, run
 from test_cli import call
 
 from decentral import topology as topologies
-from decentral.algorithms import COMPRESSORS, OUTER, PRESETS
+from decentral.algorithms import COMPRESSORS, OUTER, PRESETS, describe
 from decentral.algorithms.compression import BFloat16, Int8
 from decentral.algorithms.schedules import (
     ConsensusControl,
@@ -20,6 +20,7 @@ from decentral.algorithms.schedules import (
     PostLocal,
     QuadraticRule,
 )
+from decentral.asynchronous import AsynchronousRule
 from decentral.draws import hash64
 from decentral.replica import Averaging, Segment
 
@@ -134,6 +135,31 @@ def test_state_survives_a_checkpoint(name):
             algorithm.schedule.observe(step, 1.0, second.lr)
     np.testing.assert_allclose(second.x, whole.x, rtol=1e-12)
     assert second.comm.bytes_sent == whole.comm.bytes_sent
+
+
+def floats(state):
+    return sum(tensor.numel() for tensor in state.values())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_method_holds_what_its_row_says(name):
+    path = topologies.build(N, "path")
+    if name in ALL:
+        held = floats(run(bare(name), Quadratic(), 4, path).state)
+    else:
+        x, rule = Quadratic().parameters, PRESETS[name]().rule
+        assert isinstance(rule, AsynchronousRule)
+        held = x.numel() + floats(rule.state(x))  # and where gradients are taken, a copy of x
+    counts = {
+        "nothing": 0,
+        "1": N,
+        "D": N * D,
+        "2 D": 2 * N * D,
+        "2 D + 1": N * (2 * D + 1),
+        "D + 1 for each neighbour": 2 * (N - 1) * (D + 1),
+    }
+    (row,) = [row for row in describe() if row["name"] == name]
+    assert held == counts[row["holds"]]
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -35,6 +35,7 @@ from decentral.tasks import (
     labels,
     length,
     logistic,
+    narrowed,
     quadratic,
 )
 
@@ -724,3 +725,21 @@ def test_importing_tasks_imports_neither_sklearn_nor_ray_nor_networkx():
     command = [sys.executable, "-c", code, "sklearn", "ray", "networkx", "matplotlib"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_data_is_held_in_the_dtype_of_the_run_once_and_never_in_a_wider_one():
+    def tensors(data: Data | None) -> tuple[Tensor, ...]:
+        assert isinstance(data, TensorDataset)
+        return data.tensors
+
+    double, single, label = torch.rand(4, 2).double(), torch.rand(4, 3), torch.arange(4)
+    task = Task(nn.Linear(2, 2), nn.functional.mse_loss, (double, single, label), (double, label))
+    narrow = narrowed(task, torch.float32)
+    (train_double, train_single, train_label), test = tensors(narrow.train), tensors(narrow.test)
+    assert train_double.dtype == torch.float32
+    assert test[0] is train_double  # one copy of what both have
+    assert train_single is single
+    assert train_label is test[1] is label
+    assert torch.equal(train_double, double.float())
+    assert tensors(narrowed(task, torch.float64).train)[1].dtype == torch.float32
+    assert tensors(task.train)[0] is double  # the task itself stays as it is

@@ -280,13 +280,15 @@ _TYPICAL: dict[str, Any] = {
 
 def describe() -> list[dict[str, str]]:
     """The table of methods for people, a row each: name, summary, options, equation, source, what
-    a step sends, and what it requires of W."""
+    a step sends, what it requires of W, and the floats that a worker holds from step to step
+    beside its parameters, their gradient and what the local optimizer remembers."""
     rows = []
     for name, preset in PRESETS.items():
         parameters = inspect.signature(preset).parameters.values()
         required = [p.name for p in parameters if p.default is p.empty]
         algorithm = preset(**{option: _TYPICAL[option] for option in required})
         averages = not isinstance(algorithm.schedule, Never)
+        holds = "nothing" if algorithm.outer is None else "2 D"
         sends = [algorithm.rule.sends] if algorithm.needs_topology or not averages else []
         if averages:
             sends.append("all-reduce of D at a global average")
@@ -303,6 +305,7 @@ def describe() -> list[dict[str, str]]:
                 "requires": (algorithm.rule.requires or "nothing")
                 if algorithm.needs_topology
                 else "nothing",
+                "holds": getattr(algorithm.rule, "holds", holds),
             }
         )
     return rows

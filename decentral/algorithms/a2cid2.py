@@ -29,6 +29,7 @@ class A2CiD2(AsynchronousRule):
     source = "Nabli et al. 2023, arXiv 2306.08289"
     sends = "D to one neighbour, in each round of exchanges"
     requires = "undirected, static"
+    holds = "2 D + 1"
 
     def __init__(self, exchanges: float, eta: float | None = None, alpha: float | None = None):
         self.exchanges, self.eta, self.alpha = exchanges, eta, alpha

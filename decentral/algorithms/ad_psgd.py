@@ -23,6 +23,7 @@ class ADPSGD(AsynchronousRule):
     source = "Lian et al. 2018, arXiv 1710.06952"
     sends = "D to one neighbour, in each round of exchanges"
     requires = "undirected, static"
+    holds = "D"
 
     def __init__(self, exchanges: float):
         self.exchanges = exchanges

@@ -22,6 +22,7 @@ class Choco:
     source = "Koloskova et al. 2019, arXiv 1902.00340"
     sends = "Q(D) to each neighbour"
     requires = "doubly stochastic, static"
+    holds = "2 D"
     starts_anew = True
 
     def __init__(self, compressor: Compressor, consensus_step: float):

@@ -19,6 +19,7 @@ class D2:
     source = "Tang et al. 2018, arXiv 1803.07068"
     sends = "D to each neighbour"
     requires = "symmetric, eigenvalues above -1/3"
+    holds = "D"
     starts_anew = True
 
     def step(self, replica: Replica) -> None:

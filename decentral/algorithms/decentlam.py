@@ -21,6 +21,7 @@ class DecentLaM:
     source = "Yuan et al. 2021, arXiv 2104.11981"
     sends = "D to each neighbour"
     requires = "doubly stochastic"
+    holds = "D"
     plain_sgd = True
 
     def __init__(self, beta: float):

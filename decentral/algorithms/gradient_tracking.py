@@ -20,6 +20,7 @@ class GradientTracking:
     source = "Pu and Nedic 2021, arXiv 1805.11454"
     sends = "2 D to each neighbour"
     requires = "doubly stochastic"
+    holds = "2 D"
     starts_anew = True
 
     def step(self, replica: Replica) -> None:

@@ -26,6 +26,7 @@ class NoLoCo:
     source = "Kolehmainen et al. 2025, arXiv 2506.10911"
     sends = "2 D to each neighbour, every H steps"
     requires = "doubly stochastic"
+    holds = "2 D"
 
     def __init__(self, lr: float, momentum: float):
         self.lr, self.momentum = lr, momentum

@@ -7,7 +7,7 @@ After a global average xbar, with x_old the model after the last one (the start,
     DiLoCo    the outer gradient d = x_old - xbar in Nesterov's SGD: u <- beta u + d;
               x <- x_old - lr (d + beta u)
 
-All workers have the same xbar, x_old and u, so nothing more is sent. State: 2 D floats.
+All workers have the same xbar, x_old and u, so nothing more is sent. Held: 2 D floats.
 """
 
 from collections.abc import Callable

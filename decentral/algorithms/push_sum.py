@@ -24,6 +24,7 @@ class PushSum:
     source = "Assran et al. 2019, arXiv 1811.10792"
     sends = "D + 1 to each neighbour"
     requires = "column-stochastic"
+    holds = "1"
     starts_anew = True
 
     def step(self, replica: Replica) -> None:

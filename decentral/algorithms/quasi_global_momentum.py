@@ -22,6 +22,7 @@ class QuasiGlobalMomentum:
     source = "Lin et al. 2021, arXiv 2102.04761"
     sends = "D to each neighbour"
     requires = "doubly stochastic"
+    holds = "D"
     plain_sgd = True
 
     def __init__(self, beta: float, mu: float):

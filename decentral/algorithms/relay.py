@@ -24,6 +24,7 @@ class Relay:
     source = "Vogels et al. 2021, arXiv 2110.04175"
     sends = "D + 1 to each neighbour"
     requires = "tree"
+    holds = "D + 1 for each neighbour"
     starts_anew = True
 
     def step(self, replica: Replica) -> None:

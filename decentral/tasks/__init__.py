@@ -21,7 +21,7 @@ from decentral.tasks.partition import (
 from decentral.tasks.quadratic import quadratic
 from decentral.tasks.reader import Reader, read
 from decentral.tasks.sampler import Sampler
-from decentral.tasks.task import Data, Task, fetch, known_labels, labels, length
+from decentral.tasks.task import Data, Task, fetch, known_labels, labels, length, narrowed
 from decentral.tasks.text import text
 
 TASKS: dict[str, Callable[..., Task]] = {
@@ -53,6 +53,7 @@ __all__ = [
     "labels",
     "length",
     "logistic",
+    "narrowed",
     "quadratic",
     "read",
     "seeded",

@@ -5,7 +5,7 @@ splits through `labels`, so that tensors in memory and a user's own Dataset look
 """
 
 from collections.abc import Callable, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -81,6 +81,27 @@ def fetch(data: Data, indices: Tensor) -> tuple[Tensor, ...]:
             torch.stack([torch.as_tensor(p) for p in part]) for part in zip(*samples, strict=True)
         ]
     return tuple(part.reshape((*indices.shape, *part.shape[1:])) for part in parts)
+
+
+def narrowed(task: Task, dtype: torch.dtype) -> Task:
+    """The task with data in memory as floats of `dtype`, where theirs take more bytes.
+
+    So batches need not be cast, at each step those of all workers, and fewer bytes are gathered.
+    """
+    made: dict[int, Tensor] = {}  # by id: training and test data may be the same
+
+    def narrow(data: Data | None) -> Data | None:
+        tensors = None if data is None else _tensors(data)
+        if tensors is None:
+            return data
+        for tensor in tensors:
+            if tensor.is_floating_point() and tensor.element_size() > dtype.itemsize:
+                made.setdefault(id(tensor), tensor.to(dtype))
+        return tuple(made.get(id(tensor), tensor) for tensor in tensors)
+
+    train = narrow(task.train)
+    assert train is not None, "a task has training data"
+    return replace(task, train=train, test=narrow(task.test))
 
 
 def in_memory(data: Data) -> bool:
