@@ -154,7 +154,6 @@ def test_a_written_config_holds_the_defaults(tmp_path):
         "latency_ms": 0.1,
         "bandwidth_gbps": 10.0,
         "overhead": 0.0,
-        "overlap": False,
         "all_reduce": "ring",
     }
     assert held["seed"] == 0

@@ -298,7 +298,7 @@ def exchanged(rank):
         torch.cuda.synchronize()
         seen.append((torch.cuda.max_memory_allocated() - before, float((result - x)[1234])))
         del result
-    pinned = all(buffer.is_pinned() for buffer in comm._buffers.values())
+    pinned = all(buffer.is_pinned() for spare in comm._buffers.values() for buffer in spare)
     return seen, pinned
 
 
