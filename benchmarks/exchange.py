@@ -91,7 +91,7 @@ def measure(rank: int, floats: int, rounds: int) -> dict[str, list[float]]:
     for name, (topology, _) in TOPOLOGIES.items():
         mixing = Mixing(topologies.build(HOSTS, topology))
         comm = PeerComm(mixing)
-        exchanges[name] = lambda step, comm=comm: comm.mix(x, step)
+        exchanges[name] = lambda step, comm=comm: comm.mix_(x, step)
         plans = [peers(matrix, rank) for matrix in mixing.matrices]
         for order in TORCHS:
             exchanges[f"{name}, {order}"] = torchs_own(plans, x, order)

@@ -149,7 +149,7 @@ def alone(
     comm = PeerComm(experiment.mixing())
     x = torch.cat([p.detach().flatten() for p in experiment.task.model.parameters()])
     local = replica(experiment, rank, between=Averaging.NOBODY)
-    return local, lambda step: comm.mix(x, step)
+    return local, lambda step: comm.mix_(x, step)
 
 
 def replica(

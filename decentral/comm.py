@@ -30,8 +30,8 @@ class Event(NamedTuple):
 
 
 Decode = Callable[[Tensor], Tensor]
-# An exchange under way: call it once, to wait for what it gives. Of an average in place: call it with
-# the tensor, or with what that has become since a copy of it was sent, whose change comes on top.
+# An exchange under way: call it once, to wait for what it gives. Of one in place: call it with the
+# tensor, or with what that has become since a copy of it was sent, whose change comes on top.
 Pending = Callable[[], Tensor]
 Finish = Callable[[Tensor], None]
 

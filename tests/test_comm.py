@@ -32,11 +32,9 @@ def twice(message):
 
 
 def mixed(comm, x, step):
-    """By one way or the other: a new tensor, in place, or in place of what is another by then."""
+    """In place; or a copy, while the tensor itself changes, whose change is taken off again."""
     if step == 0:
-        return comm.mix(x, step)
-    comm.mix_(x, step)
-    if step == 1:
+        comm.mix_(x, step)
         return x
     changed = x.clone()
     finish = comm.start_mix_(x, step)

@@ -288,8 +288,13 @@ def exchanged(rank):
     x = torch.arange(SIZE, device="cuda", dtype=torch.float32) / SIZE + rank
     topology = topologies.build(dist.get_world_size(), "path")
     comm = PeerComm(Mixing(topology), device="cuda")
-    seen = []
-    for act in (lambda: comm.mix(x, 0), lambda: comm.mean(x, 0)):
+    mixed, seen = torch.empty_like(x), []
+
+    def mix():
+        comm.mix_(mixed.copy_(x), 0)
+        return mixed
+
+    for act in (mix, lambda: comm.mean(x, 0)):
         act()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
