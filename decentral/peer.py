@@ -26,6 +26,10 @@ from decentral.errors import StepError
 from decentral.mixing import Mixing
 from decentral.stopwatch import Stopwatch, timed
 
+# Exchanges that have begun and that nobody has waited for. Kept, for gloo drops a message whose
+# tensor is gone, and the receiver would take the next one for it.
+_under_way: set[Callable[[], bool]] = set()
+
 
 class PeerError(StepError):
     """An exchange failed: `peer` is the worker at its other end, None for an all-reduce."""
@@ -374,6 +378,7 @@ class PeerComm:
             return _not_tried
 
         def wait() -> bool:
+            _under_way.discard(wait)
             if self.failure is not None:  # of another exchange that was under way
                 return False
             self.patience.wait()
@@ -387,6 +392,7 @@ class PeerComm:
             self.patience.over()
             return True
 
+        _under_way.add(wait)
         return wait
 
     def let_go(self) -> None:
