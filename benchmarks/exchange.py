@@ -97,7 +97,7 @@ def measure(rank: int, floats: int, rounds: int) -> dict[str, list[float]]:
             exchanges[f"{name}, {order}"] = torchs_own(plans, x, order)
     zeros = torch.zeros_like(x)  # which stay so when they are added up
     exchanges["all-reduce"] = lambda step: dist.all_reduce(zeros)
-    seconds = ranks.in_turns(exchanges, rounds, IN_A_ROW)
+    seconds = ranks.in_turns(exchanges, rounds, IN_A_ROW).seconds
     dist.destroy_process_group()
     return seconds
 

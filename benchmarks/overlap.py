@@ -120,7 +120,8 @@ def measure(rank: int, workers: int, hidden: int, rounds: int) -> dict[str, Any]
     for _ in range(3):  # nearer each time, for a gradient's time is not in proportion
         experiment = experiment_of(workers, hidden, batch)
         gradient, exchange = alone(experiment, rank)
-        seconds = ranks.in_turns({"gradient": gradient, "exchange": exchange}, 3, IN_A_ROW)
+        acts = {"gradient": gradient, "exchange": exchange}
+        seconds = ranks.in_turns(acts, 3, IN_A_ROW).seconds
         times = {name: statistics.median(values) for name, values in seconds.items()}
         batch = max(1, round(batch * times["exchange"] / times["gradient"]))
     experiment = experiment_of(workers, hidden, batch)
@@ -132,7 +133,7 @@ def measure(rank: int, workers: int, hidden: int, rounds: int) -> dict[str, Any]
         "replica": replica(experiment, rank),
         "wrapper": wrapped(experiment, rank),
     }
-    seconds = ranks.in_turns(acts, rounds, IN_A_ROW)
+    seconds = ranks.in_turns(acts, rounds, IN_A_ROW).seconds
     parameters = sum(p.numel() for p in experiment.task.model.parameters())
     dist.destroy_process_group()
     return {"batch_size": batch, "megabytes_a_message": 4e-6 * parameters, "seconds": seconds}

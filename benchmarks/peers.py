@@ -9,7 +9,8 @@ decentral's workers average with both neighbours at a step and decent-dp's with 
     pip install --no-deps decent-dp==0.2.3 loguru==0.7.3
     nice -n -15 python benchmarks/peers.py --out benchmarks/results/peers.json
 
-All take turns; a ratio is the median over rounds of decentral's time over the other's.
+All take turns; a ratio is the median over rounds of decentral's time over the other's, by the clock
+and in processor time, which other programs on the machine touch less.
 """
 
 import copy
@@ -78,7 +79,7 @@ def main(
     sizes = []
     for n in workers or [2, 4]:
         for width in hidden or [256, 2048]:
-            measured = run_on_ranks(n, measure, n, width, rounds)
+            measured = run_on_ranks(n, measure, n, width, rounds, timeout_s=900)
             sizes.append(size_of(n, *measured[0]))
             console.print(table(sizes[-1]))
     if out is not None:
@@ -94,8 +95,8 @@ def main(
         console.print(f"written to {out}")
 
 
-def measure(rank: int, n: int, width: int, rounds: int) -> tuple[int, dict[str, list[float]]]:
-    """On one rank: how many parameters; of each, seconds a step until the last rank is done."""
+def measure(rank: int, n: int, width: int, rounds: int) -> tuple[int, ranks.Times]:
+    """On one rank: how many parameters, and the times of a step of each."""
     config = {
         "workers": n,
         "steps": 1,  # the loops say how many
@@ -120,9 +121,9 @@ def measure(rank: int, n: int, width: int, rounds: int) -> tuple[int, dict[str, 
         elif other not in acts:
             acts[other] = decent_dp_loop(experiment, rank, other.removeprefix("decent-dp "))
         acts[name_of(method, topology)] = wrapped_loop(experiment, rank, method, topology)
-    seconds = ranks.in_turns(acts, rounds, IN_A_ROW)
+    times = ranks.in_turns(acts, rounds, IN_A_ROW)
     parameters = sum(p.numel() for p in experiment.task.model.parameters())
-    return parameters, seconds
+    return parameters, times
 
 
 def name_of(method: str, topology: str | None) -> str:
@@ -158,9 +159,10 @@ def torch_loop(experiment: Experiment, rank: int, averager: PeriodicModelAverage
 def wrapped_loop(experiment: Experiment, rank: int, method: str, topology: str | None) -> Step:
     model, batch = copy.deepcopy(experiment.task.model), batches(experiment, rank)
     optimizer = torch.optim.SGD(model.parameters(), **SGD)
-    options = {"period": PERIOD} if topology is None else {}
-    graph = None if topology is None else NAMES.get(topology, topology)
-    optimizer = decentral.wrap(model, optimizer, method, graph, **options)
+    graph, options = None, {"name": method, "period": PERIOD}
+    if topology is not None:
+        graph, options = NAMES.get(topology, topology), {"name": method}
+    optimizer = decentral.wrap(model, optimizer, options, graph)
 
     def step(number: int) -> None:
         inputs, target = batch(number)
@@ -192,19 +194,23 @@ def decent_dp_loop(experiment: Experiment, rank: int, topology: str) -> Step:
     return step
 
 
-def size_of(n: int, parameters: int, seconds: dict[str, list[float]]) -> dict[str, Any]:
+def size_of(n: int, parameters: int, times: ranks.Times) -> dict[str, Any]:
     """What there is to say of so many workers and parameters."""
     pairs = [(name_of(method, topology), other) for method, topology, other in PAIRS]
     return {
         "workers": n,
         "parameters": parameters,
         "ms": [
-            {"of": name, "ms": statistics.median(times) * 1e3} for name, times in seconds.items()
+            {"of": name, "ms": statistics.median(seconds) * 1e3}
+            | {"processor_ms": statistics.median(times.processor_s[name]) * 1e3 / n}
+            for name, seconds in times.seconds.items()
         ],
         "ratios": [
-            {"of": own, "to": other, "ratio": median_ratio(seconds[own], seconds[other])}
+            {"of": own, "to": other}
+            | {"ratio": median_ratio(times.seconds[own], times.seconds[other])}
+            | {"processor_ratio": median_ratio(times.processor_s[own], times.processor_s[other])}
             for own, other in pairs
-            if own in seconds
+            if own in times.seconds
         ],
     }
 
@@ -214,12 +220,13 @@ def table(size: dict[str, Any]) -> Table:
         title=f"{size['workers']} workers, {size['parameters']:,} parameters: a step",
         box=box.SIMPLE_HEAD,
     )
-    for column in ("", "ms", "beside", "ms", "ratio"):
+    for column in ("", "ms", "beside", "ms", "ratio", "processor"):
         grid.add_column(column, justify="left" if column in ("", "beside") else "right")
     ms = {row["of"]: row["ms"] for row in size["ms"]}
     for row in size["ratios"]:
-        cells = f"{ms[row['of']]:.2f}", row["to"], f"{ms[row['to']]:.2f}", f"{row['ratio']:.3f}"
-        grid.add_row(row["of"], *cells)
+        cells = f"{ms[row['of']]:.2f}", row["to"], f"{ms[row['to']]:.2f}"
+        ratios = f"{row['ratio']:.3f}", f"{row['processor_ratio']:.3f}"
+        grid.add_row(row["of"], *cells, *ratios)
     grid.caption = f"torch alone, which exchanges nothing: {ms['torch alone']:.2f} ms"
     return grid
 

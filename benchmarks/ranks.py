@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -51,29 +51,38 @@ def join(rank: int, n: int) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=n)
 
 
-def in_turns(
-    acts: Mapping[str, Callable[[int], object]], rounds: int, in_a_row: int
-) -> dict[str, list[float]]:
-    """Seconds of each act, called with 0 .. in_a_row - 1, until the last rank is done, per call.
+class Times(NamedTuple):
+    """Of each act, round by round, per call: seconds until the last rank is done, and seconds of
+    processors, of all ranks together, which other programs on the machine touch less."""
+
+    seconds: dict[str, list[float]]
+    processor_s: dict[str, list[float]]
+
+
+def in_turns(acts: Mapping[str, Callable[[int], object]], rounds: int, in_a_row: int) -> Times:
+    """Time each act, called with 0 .. in_a_row - 1.
 
     All take turns, round by round, each time in another order; a round before is to warm up. A
     call before each turn is not timed, so that what a call leaves under way is so at both ends.
     """
     names = list(acts)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    times = Times({name: [] for name in names}, {name: [] for name in names})
     for number in range(rounds + 1):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             dist.barrier()
             acts[name](in_a_row - 1)
-            began = time.perf_counter()
+            began, worked = time.perf_counter(), time.process_time()
             for step in range(in_a_row):
                 acts[name](step)
             took = torch.tensor([time.perf_counter() - began], dtype=torch.float64)
+            work = torch.tensor([time.process_time() - worked], dtype=torch.float64)
             dist.all_reduce(took, dist.ReduceOp.MAX)
+            dist.all_reduce(work)
             if number:
-                seconds[name].append(took.item() / in_a_row)
-    return seconds
+                times.seconds[name].append(took.item() / in_a_row)
+                times.processor_s[name].append(work.item() / in_a_row)
+    return times
 
 
 def median_ratio(a: list[float], b: list[float]) -> float:

@@ -266,10 +266,9 @@ class Replica:
         """Begin what `mix_` does."""
         if self.averaging is Averaging.NOBODY or not v.numel():
             return lambda own: None
-        if self.averaging is Averaging.NEIGHBOURS and self._wire is None:
-            return self.comm.start_mix_(v, self.step)
         if self.averaging is Averaging.NEIGHBOURS:
-            return self._start_rounded(v, self._wire)
+            wire = self._wire
+            return self.comm.start_mix_(v, self.step) if wire is None else self._rounded(v, wire)
         everyone = self.averaging is Averaging.EVERYONE
         start = self.comm.start_mean if everyone else self.comm.start_mean_of_group
         averaged = start(v, self.step)
@@ -285,7 +284,7 @@ class Replica:
 
         return finish
 
-    def _start_rounded(self, v: Tensor, wire: Compressor) -> Finish:
+    def _rounded(self, v: Tensor, wire: Compressor) -> Finish:
         message, step = wire.encode(v, self.key()), self.step
         mixed = self.comm.start_mix(message, step, lambda m: wire.decode(m, v))
 

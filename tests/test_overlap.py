@@ -60,6 +60,7 @@ def segments(algorithm):
 def trained(algorithm, replica):
     """Where it ends, and what a record on the way saw."""
     deviations = [replica.run(segment).deviation for segment in segments(algorithm)]
+    assert deviations[5] is not None
     return replica.x.numpy(), replica.buffers.numpy(), deviations[5], replica.comm.bytes_sent
 
 
