@@ -36,7 +36,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from decentral.comm import Decode, as_it_is
 from decentral.config import load
 from decentral.coordinator import Coordinator
 from decentral.engines.sim import Simulator
@@ -151,11 +150,12 @@ class WatchedSimulator(Simulator):
         links = topology.matrices[0].tocoo()  # a self weight counts for nothing: x_i - x_i
         receiver, sender = torch.from_numpy(links.row), torch.from_numpy(links.col)
         square = torch.from_numpy(links.data).square().unsqueeze(-1)
-        mix = replica.comm.mix
+        mix_ = replica.comm.mix_
 
-        def watched(message: Tensor, step: int, decode: Decode = as_it_is) -> Tensor:
-            mixed = mix(message, step, decode)
-            moved = mixed.mean(0) - message.mean(0)
+        def watched(x: Tensor, step: int) -> None:
+            message = x.clone()
+            mix_(x, step)
+            moved = x.mean(0) - message.mean(0)
             self.mixings += 1
             self.away += WORKERS - len(message)
             self.mixing_error = max(self.mixing_error, relative(moved, message))
@@ -164,10 +164,9 @@ class WatchedSimulator(Simulator):
             self.variance += LOST * (1 - LOST) * (square * apart).sum(0) / len(message) ** 2
             if step >= self._steps // 10:
                 self.settled += 1
-                self.square_distance += float((mixed.mean(0) - self._optimum).square().sum())
-            return mixed
+                self.square_distance += float((x.mean(0) - self._optimum).square().sum())
 
-        replica.comm.mix = watched
+        replica.comm.mix_ = watched
         return replica
 
     def regroup(self, members: Sequence[int], new: Sequence[int] = ()) -> None:

@@ -14,7 +14,6 @@ is added to the prediction, except where the record falls on a global average an
 import itertools
 import json
 import os
-import signal
 import statistics
 import sys
 import time
@@ -23,15 +22,12 @@ from typing import Annotated, Any
 
 import machine
 import numpy as np
+import ranks
 import typer
+from ranks import hosts
 from rich import box
 from rich.console import Console
 from rich.table import Table
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from tests import hosts  # noqa: E402
 
 HOSTS = 4
 EVERY = 8  # steps a record, and the period
@@ -57,11 +53,7 @@ def main(
     if inside:
         print(json.dumps(measure(rates[0], records, hidden)))
         return
-    reason = hosts.why_not()
-    if reason is not None:
-        typer.echo(f"no hosts can be made here: {reason}", err=True)
-        raise typer.Exit(1)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the hosts are removed
+    ranks.check_hosts()
     load, start = os.getloadavg()[0], time.perf_counter()
     console = Console()
     rows = []

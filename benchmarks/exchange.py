@@ -14,30 +14,24 @@ acknowledgements of what comes the other way some more: 0.956 is the most there 
 
 import json
 import os
-import signal
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import machine
+import ranks
 import torch
 import torch.distributed as dist
 import typer
+from ranks import hosts, median_ratio
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from tests import hosts  # noqa: E402
-
 HOSTS = 4
-PORT = 5001
 IN_A_ROW = 4  # exchanges a timing: whole periods of each sequence, and no pause to save up for
 # What is exchanged along; messages that a card sends, and hears, at a step.
 TOPOLOGIES = {
@@ -61,11 +55,7 @@ def main(
     if rank is not None:
         print(json.dumps(measure(rank, floats, rounds)))
         return
-    reason = hosts.why_not()
-    if reason is not None:
-        typer.echo(f"no hosts can be made here: {reason}", err=True)
-        raise typer.Exit(1)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the hosts are removed
+    ranks.check_hosts()
     load, start = os.getloadavg()[0], time.perf_counter()
     console = Console()
     rows = []
@@ -73,12 +63,7 @@ def main(
         for mbit in rates:
             made.set_rate(mbit)
             sizes = (f"--megabytes={megabytes}", f"--rounds={rounds}")
-            commands = [(sys.executable, __file__, f"--rank={i}", *sizes) for i in range(HOSTS)]
-            others = [made.start(i, *commands[i]) for i in range(1, HOSTS)]
-            done = made.run(0, *commands[0], timeout_s=1800)
-            for other in others:
-                other.wait(timeout=60)
-            seconds = json.loads(done.stdout.splitlines()[-1])
+            seconds = ranks.on_hosts(made, __file__, *sizes)
             rows += [row(name, mbit, 4 * floats, seconds) for name in TOPOLOGIES]
             console.print(table(rows[-len(TOPOLOGIES) :], mbit, megabytes))
     if out is not None:
@@ -100,34 +85,19 @@ def measure(rank: int, floats: int, rounds: int) -> dict[str, list[float]]:
     from decentral.mixing import Mixing
     from decentral.peer import PeerComm
 
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "eth0"
-    store = dist.TCPStore("10.77.0.1", PORT, HOSTS, is_master=rank == 0)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=HOSTS)
+    ranks.join(rank, HOSTS)
     x = torch.ones(floats)
     exchanges: dict[str, Callable[[int], object]] = {}
     for name, (topology, _) in TOPOLOGIES.items():
         mixing = Mixing(topologies.build(HOSTS, topology))
         comm = PeerComm(mixing)
-        exchanges[name] = lambda step, comm=comm: comm.mix(x, step)
+        exchanges[name] = lambda step, comm=comm: comm.mix_(x, step)
         plans = [peers(matrix, rank) for matrix in mixing.matrices]
         for order in TORCHS:
             exchanges[f"{name}, {order}"] = torchs_own(plans, x, order)
-    exchanges["all-reduce"] = lambda step: dist.all_reduce(x)
-    seconds: dict[str, list[float]] = {name: [] for name in exchanges}
-    names = list(exchanges)
-    for number in range(rounds + 1):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            x.fill_(1)
-            dist.barrier()
-            began = time.perf_counter()
-            for step in range(IN_A_ROW):
-                exchanges[name](step)
-            took = torch.tensor([time.perf_counter() - began], dtype=torch.float64)
-            dist.all_reduce(took, dist.ReduceOp.MAX)
-            if number:
-                seconds[name].append(took.item() / IN_A_ROW)
+    zeros = torch.zeros_like(x)  # which stay so when they are added up
+    exchanges["all-reduce"] = lambda step: dist.all_reduce(zeros)
+    seconds = ranks.in_turns(exchanges, rounds, IN_A_ROW).seconds
     dist.destroy_process_group()
     return seconds
 
@@ -185,11 +155,6 @@ def row(name: str, mbit: float, size: int, seconds: dict[str, list[float]]) -> d
         },
         "ms_of_each": [s * 1e3 for s in own],
     }
-
-
-def median_ratio(a: list[float], b: list[float]) -> float:
-    """Of figures taken in the same round."""
-    return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
 def table(rows: list[dict[str, Any]], mbit: float, megabytes: float) -> Table:

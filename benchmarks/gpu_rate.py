@@ -294,7 +294,7 @@ def parts(experiment: Experiment, replica: Replica) -> dict[str, float]:
             "draw": draw,
             "gradient": best_ms(lambda: gradient(1)) - draw,
             "optimizer": best_ms(lambda: replica.descend(gradient.value)),
-            "neighbours": best_ms(lambda: replica.x.copy_(replica.comm.mix(replica.x, 0))),
+            "neighbours": best_ms(lambda: replica.comm.mix_(replica.x, 0)),
             "everyone": best_ms(lambda: replica.mean_(replica.x)),
         }
 

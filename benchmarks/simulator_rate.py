@@ -202,7 +202,7 @@ def parts(experiment: Experiment, steps: int) -> dict[str, float]:
             clock("draw", lambda: draw(experiment, sampler, replica.step))
             gradient = clock("draw and gradient", replica.gradient)
             clock("optimizer", lambda: replica.descend(gradient))  # noqa: B023
-            clock("neighbours", lambda: replica.x.copy_(replica.comm.mix(replica.x, replica.step)))
+            clock("neighbours", lambda: replica.comm.mix_(replica.x, replica.step))
             clock("everyone", lambda: replica.mean_(replica.x))
             replica.comm.events.clear()
     ms = {name: statistics.median(values) * 1e3 for name, values in times.items()}

@@ -60,9 +60,9 @@ class Clock:
     `compute_s`, [n]: seconds of a local step of each worker, which `variation` multiplies.
     `latency_s` and `bandwidth`, in bytes a second, hold for every link but those whose edge says
     otherwise (`latency_ms`, `bandwidth_gbps` in a graph file) and those inside one of the `nodes`.
-    `overlap`: the first exchange of a step starts with its computing, not after it. `overhead`:
-    what the protocol adds to a message, as a share of it. `groups`: the members of those that
-    average by themselves, around a ring. `turn_steps`: the steps that one turn of the topology's
+    `overlap`: the exchanges of a step start with its computing, not after it. `overhead`: what the
+    protocol adds to a message, as a share of it. `groups`: the members of those that average by
+    themselves, around a ring. `turn_steps`: the steps that one turn of the topology's
     sequence lasts. `cluster`: all the cables between workers, where the topology is not what is
     cabled; a message between two that share none takes the path of least latency. `faults`: what
     does not come is not sent, and who is slow takes longer.
@@ -95,7 +95,8 @@ class Clock:
         self._on_wire = 1 + overhead  # bytes on the wire for a byte of a message
         self._faults = faults
         self._messages: dict[int, MessageFaults] = {}  # of the exchanges
-        self._before: np.ndarray | None = None  # when the computing began, until an exchange
+        # When the computing of the step began, or the last exchange behind it was over.
+        self._behind: np.ndarray | None = None
         self._all_reduce = all_reduce
         self._all_reduces: dict[int, float] = {}  # seconds by size
         self._groups, self._turn_steps = groups, turn_steps
@@ -118,7 +119,7 @@ class Clock:
             groups = consecutive_groups(len(members), len(self._groups))
             self._groups = [np.asarray(members)[group] for group in groups]
         self._members = np.asarray(members)
-        self._all_reduces, self._messages, self._before = {}, {}, None
+        self._all_reduces, self._messages, self._behind = {}, {}, None
         graphs: Sequence[nx.Graph] = topology.graphs if topology else ()
         self._exchanges = [_Exchange(graph, self._links, self._members) for graph in graphs]
 
@@ -165,12 +166,12 @@ class Clock:
             takes = np.zeros_like(now)
             takes[self._members] = self.compute_s_at(event.step)[self._members] * event.load
             self.now = now + takes
-            self._before = now
+            self._behind = now
             self._draw(event, "compute", now, self.now)
             return
         began = now
-        if self._overlap and self._before is not None:
-            began, self._before = self._before, None
+        if self._overlap and self._behind is not None:
+            began = self._behind
         if event.kind == "neighbours":
             exchange = self._exchange(event.step)
             done = exchange.done(began, event.size * self._on_wire)
@@ -179,7 +180,7 @@ class Clock:
             done = began.copy()
             for members in self._averaging(event):
                 done[members] = began[members].max() + self._mean_s(event, members)
-        self.now = np.maximum(now, done)
+        self.now, self._behind = np.maximum(now, done), done
         if self._draws(event):
             if exchange is not None:
                 kind = "exchange"
@@ -407,7 +408,8 @@ def clock_options(
     Raises UserError, naming the key, where they do not fit each other or the method.
     """
     network = config.network
-    if network.overlap and not getattr(algorithm.rule, "overlaps", False):
+    overlaps = getattr(algorithm.rule, "overlaps", False)
+    if network.overlap and not overlaps:
         raise UserError(
             f"{config.algorithm.name} sends what it computes in the same step, so the exchange"
             " cannot hide behind the computing; take gossip_cta, or network.overlap=false",
@@ -428,7 +430,7 @@ def clock_options(
         "latency_s": network.latency_ms * 1e-3,
         "bandwidth": bytes_per_second(network.bandwidth_gbps),
         "variation": _variation(config),
-        "overlap": network.overlap,
+        "overlap": overlaps if network.overlap is None else network.overlap,
         "overhead": network.overhead,
         "all_reduce": AllReduce(network.all_reduce, reached),
         "nodes": nodes,

@@ -30,6 +30,10 @@ class Event(NamedTuple):
 
 
 Decode = Callable[[Tensor], Tensor]
+# An exchange under way: call it once, to wait for what it gives. Of one in place: call it with the
+# tensor, or with what that has become since a copy of it was sent, whose change comes on top.
+Pending = Callable[[], Tensor]
+Finish = Callable[[Tensor], None]
 
 
 def as_it_is(message: Tensor) -> Tensor:
@@ -52,6 +56,9 @@ class Comm(Protocol):
 
     `events` grows by each exchange that is the method's; whoever reads it clears it. `history`
     is what may yet be heard late: it goes into a checkpoint.
+
+    What is started goes on while the caller computes, counts as an event when it is over, and its
+    tensor must not change before that. All workers start and end exchanges in the same order.
     """
 
     n: int
@@ -72,9 +79,13 @@ class Comm(Protocol):
         """
         ...
 
+    def start_mix(self, message: Tensor, step: int, decode: Decode = as_it_is) -> Pending: ...
+
     def mix_(self, x: Tensor, step: int) -> None:
         """x_i <- sum_j W(step)_ij x_j in place, x [n, D] or [D]."""
         ...
+
+    def start_mix_(self, x: Tensor, step: int) -> Finish: ...
 
     def mean(self, x: Tensor, step: int, counted: bool = True) -> Tensor:
         """(1/n) sum_j x_j, a new tensor that broadcasts against x.
@@ -83,6 +94,8 @@ class Comm(Protocol):
         the method's, so it stays out of `bytes_sent` and `events`.
         """
         ...
+
+    def start_mean(self, x: Tensor, step: int, counted: bool = True) -> Pending: ...
 
     def mean_of_others(self, x: Tensor, new: Tensor) -> Tensor:
         """The mean of x over the workers that are not `new`, bool [...]; it broadcasts against x.
@@ -98,6 +111,8 @@ class Comm(Protocol):
     def mean_of_group(self, x: Tensor, step: int) -> Tensor:
         """The mean of x over the worker's own group, a new tensor like x."""
         ...
+
+    def start_mean_of_group(self, x: Tensor, step: int) -> Pending: ...
 
     # A message of its own for each neighbour, on an undirected static graph: "per link" tensors
     # are [links, M], a row for each (worker, neighbour) in this order, or [neighbours, M].
@@ -117,6 +132,8 @@ class Comm(Protocol):
 
 class StackedComm:
     """All workers in one process. Mixing is W times [n, D], the mean a mean of rows.
+
+    What is started is computed when it is asked for: it takes no memory until then.
 
     groups: the members of each group, [k] each; every worker is in one, or there are none.
     """
@@ -190,6 +207,18 @@ class StackedComm:
     def _stage(self) -> Tensor:
         return torch.empty(self.n * self._columns, dtype=self._dtype, device=self._device)
 
+    def start_mix(self, message: Tensor, step: int, decode: Decode = as_it_is) -> Pending:
+        return lambda: self.mix(message, step, decode)
+
+    def start_mix_(self, x: Tensor, step: int) -> Finish:
+        def finish(own: Tensor) -> None:
+            if own is x:
+                self.mix_(x, step)
+            else:
+                own.sub_(x).add_(self.mix(x, step))
+
+        return finish
+
     def _mix_late(self, x: Tensor, step: int) -> Tensor:
         """As `mix`, each message that is late as it was: the newest that is old enough."""
         assert self._mixing is not None
@@ -229,6 +258,9 @@ class StackedComm:
             self.events.append(Event("everyone", step, nbytes(x[0])))
         return x.mean(dim=0, keepdim=True)
 
+    def start_mean(self, x: Tensor, step: int, counted: bool = True) -> Pending:
+        return lambda: self.mean(x, step, counted=counted)
+
     def mean_of_others(self, x: Tensor, new: Tensor) -> Tensor:
         return x[~new].mean(dim=0, keepdim=True)
 
@@ -244,6 +276,9 @@ class StackedComm:
             self.bytes_sent += all_reduce_bytes(nbytes(x[0]), len(members))
             mean[members] = x[members].mean(dim=0)
         return mean
+
+    def start_mean_of_group(self, x: Tensor, step: int) -> Pending:
+        return lambda: self.mean_of_group(x, step)
 
     def difference(self, x: Tensor, other: Tensor) -> Tensor:
         """What two workers that meet see: the other's x [D] minus one's own."""

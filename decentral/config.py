@@ -161,10 +161,11 @@ class NetworkConfig(_Section):
     compute_ms: of a local step; null means measured at the start. overhead: bytes that the protocol
     adds to each byte of a message; 0.068 for TCP in Ethernet's frames of 1500 bytes, 66 bytes of
     headers and half an acknowledgement of 66 to 1448 of payload. all_reduce_gbps: what messages of
-    an all-reduce were measured to reach; null means bandwidth_gbps. overlap: an exchange that need
-    not wait for the gradient goes on while it is computed. file: a graph file of the cluster, whose
-    nodes are the workers and whose edges are all the cables there are, whatever the topology: it
-    alone then says how fast links and workers are, where it says so, and the rest holds elsewhere.
+    an all-reduce were measured to reach; null means bandwidth_gbps. overlap: exchanges go on while
+    the gradient is computed; null means where the method's need not wait for it, as the Ray engine
+    has it. file: a graph file of the cluster, whose nodes are the workers and whose edges are all
+    the cables there are, whatever the topology: it alone then says how fast links and workers are,
+    where it says so, and the rest holds elsewhere.
     """
 
     file: str | None = None
@@ -174,7 +175,7 @@ class NetworkConfig(_Section):
     compute_ms: NonNegative | None = None
     jitter: Jitter | None = None
     stragglers: StragglersConfig | None = None
-    overlap: bool = False
+    overlap: bool | None = None
     all_reduce: Literal["ring", "tree", "hierarchical"] = "ring"
     all_reduce_gbps: Positive | None = None
     nodes: NodesConfig | None = None

@@ -1,8 +1,7 @@
 """One worker's door to the network, over torch.distributed: the other side of comm.py."""
 
-import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +14,9 @@ from torch import Tensor
 from decentral.comm import (
     Decode,
     Event,
+    Finish,
     History,
+    Pending,
     accumulation_dtype,
     all_reduce_bytes,
     as_it_is,
@@ -25,9 +26,9 @@ from decentral.errors import StepError
 from decentral.mixing import Mixing
 from decentral.stopwatch import Stopwatch, timed
 
-# Of a large message: there is work to do on one while the next ones come. At least so many bytes:
-# each piece costs its calls.
-PIECES, LEAST_PIECE = 8, 2**20
+# Exchanges that have begun and that nobody has waited for. Kept, for gloo drops a message whose
+# tensor is gone, and the receiver would take the next one for it.
+_under_way: set[Callable[[], bool]] = set()
 
 
 class PeerError(StepError):
@@ -44,9 +45,10 @@ class PeerError(StepError):
 class Patience:
     """How long a worker waits for others before it takes them for lost.
 
-    `factor` times as long as it was itself busy since its last exchange, or its longest exchange
-    so far took, whichever is more, and never less than FLOOR_S: so a long local phase is no death.
-    Before the first exchange, when others may still be loading, `first_s`.
+    `factor` times as long as it was itself busy since an exchange last began, or its longest wait
+    in one so far took, whichever is more, and never less than FLOOR_S: so a long local phase is no
+    death, before an exchange or behind it. Before the first exchange, when others may still be
+    loading, `first_s`.
     """
 
     FLOOR_S = 10.0
@@ -54,26 +56,43 @@ class Patience:
     def __init__(self, factor: float, first_s: float):
         self._factor, self._first_s = factor, first_s
         self._longest_s: float | None = None
-        self._free = time.perf_counter()  # when the last exchange, or this segment, began
+        self._free = time.perf_counter()  # when the work or the wait that goes on now began
+        self._busy_s = 0.0  # at work before that, since an exchange began
+        self._under_way = 0  # exchanges
+        self._deadline = timedelta(seconds=first_s)
 
     def begin(self) -> None:
         """A segment begins: what came before it was no work."""
-        self._free = time.perf_counter()
+        self._free, self._busy_s = time.perf_counter(), 0.0
 
     def deadline(self) -> timedelta:
-        """For an exchange that begins now."""
-        now = time.perf_counter()
-        busy_s, self._free = now - self._free, now
+        """For an exchange that begins now: behind another that is under way, for that one's."""
+        self.wait()
+        if not self._under_way:
+            self._deadline = self.after(self._busy_s)
+            self._busy_s = 0.0
+        self._under_way += 1
+        return self._deadline
+
+    def after(self, busy_s: float) -> timedelta:
+        """The deadline of who was at work so long."""
         if self._longest_s is None:
             return timedelta(seconds=self._first_s)
         longest_s = max(busy_s, self._longest_s)
         return timedelta(seconds=max(self.FLOOR_S, self._factor * longest_s))
+
+    def wait(self) -> None:
+        """The worker is done with its work and waits for an exchange."""
+        now = time.perf_counter()
+        self._busy_s += now - self._free
+        self._free = now
 
     def over(self) -> None:
         """The exchange is over, and went well."""
         now = time.perf_counter()
         self._longest_s = max(self._longest_s or 0.0, now - self._free)
         self._free = now
+        self._under_way -= 1
 
 
 class PeerComm:
@@ -85,6 +104,9 @@ class PeerComm:
 
     Receives are posted before sends: between two ranks gloo announces a receive in the queue of
     what it sends, so behind a large message the two directions would go one after the other.
+
+    What is started goes on by itself while the worker computes: in a thread of gloo's, or in
+    a stream of NCCL's. What comes is added up where it is waited for.
 
     Where tensors are on a GPU and the backend is gloo, what is sent and received is
     staged in pinned host memory. On a GPU a mix takes the memory of one message for each neighbour
@@ -122,63 +144,106 @@ class PeerComm:
             {id(W): _exchange_plan(W, self.rank) for W in mixing.matrices} if mixing else {}
         )
         self._other: tuple[csr_array, _Plan] | None = None
-        self._buffers: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
+        # In host memory, those that nothing is sent from or received into now.
+        self._buffers: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
 
     def mix(self, message: Tensor, step: int, decode: Decode = as_it_is) -> Tensor:
-        own_weight, heard, hearers = self._plan(step)
-        own = decode(message)
-        dtype = accumulation_dtype(own.dtype)
-        sent = self._outgoing(message)
-        received = {peer: self._incoming(peer, sent) for peer in heard}
-        # What is to be decoded, or copied to a GPU, has to be there whole.
-        whole = decode is not as_it_is or self._on_gpu
-        pieces = 1 if whole else min(PIECES, max(1, nbytes(message) // LEAST_PIECE))
-        arrivals = self._begin(dict.fromkeys(hearers, sent), received, step, pieces)
-        # While messages are under way; on a GPU the sum is taken in the first one's memory.
-        mixed = own.to(dtype) * own_weight if whole and not self._on_gpu else None
-        if not whole and heard:
-            mixed = torch.empty_like(own, dtype=dtype)
-        for peer, piece in arrivals:
-            if not whole:
-                assert mixed is not None, "as it has been made"
-                total = mixed.view(-1)[piece]
-                # The own share by pieces too: all of it at once would keep the sending waiting.
-                if peer == next(iter(heard)):
-                    torch.mul(own.view(-1)[piece].to(dtype), own_weight, out=total)
-                total.add_(received[peer].view(-1)[piece].to(dtype), alpha=heard[peer])
-                continue
-            theirs = decode(self._arrived(received.pop(peer))).to(dtype)
-            if mixed is None:
-                mixed = theirs.mul_(heard[peer]).add_(own.to(dtype), alpha=own_weight)
-            else:
-                mixed.add_(theirs, alpha=heard[peer])
-        if self.failure is not None:
-            return own.to(dtype, copy=True)
-        self.bytes_sent += len(hearers) * nbytes(message)
-        self.events.append(Event("neighbours", step, nbytes(message)))
-        return own.to(dtype) * own_weight if mixed is None else mixed
+        return self.start_mix(message, step, decode)()
+
+    def start_mix(self, message: Tensor, step: int, decode: Decode = as_it_is) -> Pending:
+        exchanged = self._start_messages(message, step)
+
+        def finish() -> Tensor:
+            own = decode(message)
+            dtype = accumulation_dtype(own.dtype)
+            heard = exchanged()
+            if heard is None:
+                return own.to(dtype, copy=True)
+            own_weight, others = heard
+            mixed = own.to(dtype) * own_weight
+            for weight, theirs in others:
+                mixed.add_(decode(self._arrived(theirs)), alpha=weight)
+            return mixed
+
+        return finish
 
     def mix_(self, x: Tensor, step: int) -> None:
-        x.copy_(self.mix(x, step))
+        self.start_mix_(x, step)(x)
+
+    def start_mix_(self, x: Tensor, step: int) -> Finish:
+        exchanged = self._start_messages(x, step)
+
+        def finish(own: Tensor) -> None:
+            heard = exchanged()
+            if heard is None:
+                return
+            own_weight, others = heard
+            mixed = own.to(accumulation_dtype(x.dtype))  # `own` itself where that is its dtype
+            if own is x:
+                mixed.mul_(own_weight)
+            else:
+                mixed.add_(x, alpha=own_weight - 1)
+            for weight, theirs in others:
+                mixed.add_(self._arrived(theirs), alpha=weight)
+            if mixed.dtype != own.dtype:
+                own.copy_(mixed)
+
+        return finish
+
+    def _start_messages(self, message: Tensor, step: int) -> "Callable[[], _Heard | None]":
+        """Begin to send a message along W(step), and to receive the others'.
+
+        What it returns waits for them, and gives None if that failed; what was heard is good until
+        the next exchange begins.
+        """
+        own_weight, heard, hearers = self._plan(step)
+        sent = self._outgoing(message)
+        received = {peer: self._incoming(sent) for peer in heard}
+        arrived = self._begin(dict.fromkeys(hearers, sent), received, step)
+
+        def finish() -> _Heard | None:
+            if not arrived():
+                return None
+            self._give_back(*received.values(), *([sent] if self._stages else []))
+            self.bytes_sent += len(hearers) * nbytes(message)
+            self.events.append(Event("neighbours", step, nbytes(message)))
+            return own_weight, [(heard[peer], theirs) for peer, theirs in received.items()]
+
+        return finish
 
     def mean(self, x: Tensor, step: int, counted: bool = True) -> Tensor:
-        total = self._all_reduce(x, step, counted=counted)
-        return x.clone() if total is None else total.div_(self.n).to(x)
+        return self.start_mean(x, step, counted)()
+
+    def start_mean(self, x: Tensor, step: int, counted: bool = True) -> Pending:
+        return self._start_mean(x, step, None, counted)
 
     def mean_of_others(self, x: Tensor, new: Tensor) -> Tensor:
         among = torch.cat([torch.zeros_like(x) if new else x, (~new).reshape(1).to(x)])
-        total = self._all_reduce(among, 0, counted=False)
+        total = self._start_all_reduce(among, 0, counted=False)()
         return x.clone() if total is None else (total[:-1] / total[-1]).to(x)
 
     def least(self, x: Tensor, step: int) -> Tensor:
-        least = self._all_reduce(x, step, dist.ReduceOp.MIN)
+        least = self._start_all_reduce(x, step, dist.ReduceOp.MIN)()
         return x.clone() if least is None else least.to(x)
 
     def mean_of_group(self, x: Tensor, step: int) -> Tensor:
-        group = self._own_group
-        assert group is not None, "the method has groups"
-        total = self._all_reduce(x, step, group=group)
-        return x.clone() if total is None else total.div_(group.size()).to(x)
+        return self.start_mean_of_group(x, step)()
+
+    def start_mean_of_group(self, x: Tensor, step: int) -> Pending:
+        assert self._own_group is not None, "the method has groups"
+        return self._start_mean(x, step, self._own_group, True)
+
+    def _start_mean(
+        self, x: Tensor, step: int, group: dist.ProcessGroup | None, counted: bool
+    ) -> Pending:
+        reduced = self._start_all_reduce(x, step, group=group, counted=counted)
+        size = self.n if group is None else group.size()
+
+        def finish() -> Tensor:
+            total = reduced()
+            return x.clone() if total is None else total.div_(size).to(x)
+
+        return finish
 
     def difference(self, x: Tensor, peer: int, step: int) -> Tensor:
         """What two workers that meet see: the x [D] of `peer` minus one's own."""
@@ -188,9 +253,10 @@ class PeerComm:
     def trade(self, x: Tensor, peer: int, step: int) -> Tensor:
         """What `peer` sends while x goes to it, like x; not counted, and good until the next."""
         own = self._outgoing(x)
-        theirs = self._incoming(peer, own)
-        if not self._exchange({peer: own}, {peer: theirs}, step):
+        theirs = self._incoming(own)
+        if not self._begin({peer: own}, {peer: theirs}, step)():
             return x
+        self._give_back(theirs, *([own] if self._stages else []))
         return self._arrived(theirs)
 
     def spread(self, x: Tensor) -> Tensor:
@@ -201,12 +267,13 @@ class PeerComm:
 
     def swap(self, messages: Tensor, step: int) -> Tensor:
         sent = self._outgoing(messages.contiguous())
-        received = self._incoming(_SWAPPED, sent)
+        received = self._incoming(sent)
         out, into = (dict(zip(self._neighbours, rows, strict=True)) for rows in (sent, received))
-        if not self._exchange(out, into, step):
+        if not self._begin(out, into, step)():
             return messages
         self.bytes_sent += nbytes(messages)
         self.events.append(Event("neighbours", step, nbytes(messages[:1])))
+        self._give_back(received, *([sent] if self._stages else []))
         arrived = self._arrived(received)
         return arrived if self._on_gpu else arrived.clone()
 
@@ -226,22 +293,22 @@ class PeerComm:
         return self._other[1]
 
     @timed
-    def _all_reduce(
+    def _start_all_reduce(
         self,
         x: Tensor,
         step: int,
         operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
         group: dist.ProcessGroup | None = None,
         counted: bool = True,
-    ) -> Tensor | None:
-        """The sum or least of x over the group, or all, in the dtype that sums are taken in.
+    ) -> Callable[[], Tensor | None]:
+        """Begin the sum or least of x over the group, or all, in the dtype that sums are taken in.
 
-        None if it failed, or was not tried after an earlier failure.
+        What it returns gives None if it failed, or was not tried after an earlier failure.
         """
         if self.failure is not None:
-            return None
+            return _not_tried
         dtype = accumulation_dtype(x.dtype)
-        total = self._staged(_SUM, x, dtype) if self._stages else x.to(dtype, copy=True)
+        total = self._staged(x, dtype) if self._stages else x.to(dtype, copy=True)
         # The deadline goes with the operation: one that is only waited for less long than it
         # runs would keep the group from closing.
         options = dist.AllreduceOptions()
@@ -250,51 +317,51 @@ class PeerComm:
         try:
             everyone = group or dist.group.WORLD
             assert everyone is not None, "the worker has joined"
-            everyone.allreduce([total], options).wait()
+            work = everyone.allreduce([total], options)
         except RuntimeError as error:
             self._fail(PeerError(self.rank, step, None, str(error)), error)
-            return None
-        self.patience.over()
-        if counted:
-            size, rank = (self.n, self.rank) if group is None else (group.size(), group.rank())
-            # This worker's share, so that the shares of all add up to the whole exactly.
-            whole = all_reduce_bytes(nbytes(x), size)
-            self.bytes_sent += whole * (rank + 1) // size - whole * rank // size
-            self.events.append(Event("everyone" if group is None else "group", step, nbytes(x)))
-        return self._arrived(total)
+            return _not_tried
+        size, rank = (self.n, self.rank) if group is None else (group.size(), group.rank())
 
-    def _exchange(self, out: Mapping[int, Tensor], into: Mapping[int, Tensor], step: int) -> bool:
-        """Send and receive at once, a message for, or from, each peer.
+        def finish() -> Tensor | None:
+            if self.failure is not None:
+                return None
+            self.patience.wait()
+            try:
+                with self.stopwatch:
+                    work.wait()
+            except RuntimeError as error:
+                self._fail(PeerError(self.rank, step, None, str(error)), error)
+                return None
+            self.patience.over()
+            if counted:
+                # This worker's share, so that the shares of all add up to the whole exactly.
+                whole = all_reduce_bytes(nbytes(x), size)
+                self.bytes_sent += whole * (rank + 1) // size - whole * rank // size
+                kind = "everyone" if group is None else "group"
+                self.events.append(Event(kind, step, nbytes(x)))
+            if self._stages:
+                self._give_back(total)
+            return self._arrived(total)
 
-        False if that failed, or was not tried after an earlier failure.
-        """
-        for _ in self._begin(out, into, step):
-            pass
-        return self.failure is None
+        return finish
 
     @timed
     def _begin(
-        self, out: Mapping[int, Tensor], into: Mapping[int, Tensor], step: int, pieces: int = 1
-    ) -> Iterator[tuple[int, slice]]:
-        """Put messages under way: an iterator over what comes, as (peer, piece of its message).
+        self, out: Mapping[int, Tensor], into: Mapping[int, Tensor], step: int
+    ) -> Callable[[], bool | None]:
+        """Send and receive at once, a message for, or from, each peer.
 
-        Each message goes in so many pieces: there is work to do on one while the next ones come.
-        The iterator is to be used up; after a failure it ends early.
+        What it returns waits for all: it is true if that went well, and not if it failed, or was
+        not tried after an earlier failure.
         """
         if self.failure is not None:
-            return iter(())
+            return _not_tried
         deadline = self.patience.deadline()
-        length = max((message.numel() for message in (*out.values(), *into.values())), default=0)
-        cuts = [length * k // pieces for k in range(pieces + 1)]
-        parts = [slice(*ends) for ends in itertools.pairwise(cuts)]
         # Receives first: gloo tells the other end of a receive in one queue with what it sends, and
-        # behind a large message the two directions would go one after the other. And a piece to,
-        # or of, each peer before the next pieces: all are served alike.
-        coming = [(peer, part) for part in parts for peer in into]
-        going = [(peer, part) for part in parts for peer in out]
-        operations = [
-            dist.P2POp(dist.irecv, into[peer].view(-1)[part], peer) for peer, part in coming
-        ] + [dist.P2POp(dist.isend, out[peer].view(-1)[part], peer) for peer, part in going]
+        # behind a large message the two directions would go one after the other.
+        operations = [dist.P2POp(dist.irecv, into[peer], peer) for peer in into]
+        operations += [dist.P2POp(dist.isend, out[peer], peer) for peer in out]
         works: list[tuple[int | None, dist.Work]] = []
         peer = None
         try:
@@ -308,29 +375,25 @@ class PeerComm:
                     works.append((peer, work))
         except RuntimeError as error:
             self._fail(PeerError(self.rank, step, peer, str(error)), error)
-            return iter(())
-        return self._arrivals(coming, works, deadline, step)
+            return _not_tried
 
-    def _arrivals(
-        self,
-        coming: list[tuple[int, slice]],
-        works: list[tuple[int | None, dist.Work]],
-        deadline: timedelta,
-        step: int,
-    ) -> Iterator[tuple[int, slice]]:
-        """Wait for `works`, the receives of what is `coming` first, and tell what has come."""
-        for number, (peer, work) in enumerate(works):
-            try:
-                with self.stopwatch:
-                    work.wait(deadline)
-            except RuntimeError as error:
-                self._fail(PeerError(self.rank, step, peer, str(error)), error)
-                return
-            if self._host and number < len(coming):
-                yield coming[number]
-        self.patience.over()
-        if not self._host:
-            yield from coming
+        def wait() -> bool:
+            _under_way.discard(wait)
+            if self.failure is not None:  # of another exchange that was under way
+                return False
+            self.patience.wait()
+            for peer, work in works:
+                try:
+                    with self.stopwatch:
+                        work.wait(deadline)
+                except RuntimeError as error:
+                    self._fail(PeerError(self.rank, step, peer, str(error)), error)
+                    return False
+            self.patience.over()
+            return True
+
+        _under_way.add(wait)
+        return wait
 
     def let_go(self) -> None:
         """Drop the process groups, whose connections close only once nobody holds them."""
@@ -347,36 +410,42 @@ class PeerComm:
 
     def _outgoing(self, message: Tensor) -> Tensor:
         """The message where the backend takes it from: good until the next one is sent."""
-        return self._staged(_SENT, message, message.dtype) if self._stages else message
+        return self._staged(message, message.dtype) if self._stages else message
 
-    def _staged(self, use: int, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """A copy of x in pinned host memory, which the next one of that use overwrites.
+    def _staged(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy of x in pinned host memory, which is to be given back.
 
         It waits for the GPU to have copied x, and with it all that came before: so whoever then
         receives into pinned memory overwrites nothing that `_arrived` has yet to copy.
         """
-        copy = self._buffer(use, x.shape, dtype)
+        copy = self._buffer(x.shape, dtype)
         copy.copy_(x, non_blocking=True)
         torch.cuda.current_stream(x.device).synchronize()
         return copy
 
-    def _incoming(self, use: int, like: Tensor) -> Tensor:
+    def _incoming(self, like: Tensor) -> Tensor:
         """Where to receive what is like `like`: on a GPU it is the caller's to keep."""
-        return self._buffer(use, like.shape, like.dtype) if self._host else torch.empty_like(like)
+        return self._buffer(like.shape, like.dtype) if self._host else torch.empty_like(like)
 
     def _arrived(self, received: Tensor) -> Tensor:
         """What was received, on the worker's device."""
         return received.to(self._device, non_blocking=True)
 
-    def _buffer(self, use: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """In host memory, one for each use: a peer that is heard, or one of those below 0."""
-        kind = (use, shape, dtype)
-        if kind not in self._buffers:
-            self._buffers[kind] = torch.empty(shape, dtype=dtype, pin_memory=self._stages)
-        return self._buffers[kind]
+    def _buffer(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """In host memory: one that was given back, where there is one."""
+        spare = self._buffers.setdefault((shape, dtype), [])
+        if spare:
+            return spare.pop()
+        return torch.empty(shape, dtype=dtype, pin_memory=self._stages)
+
+    def _give_back(self, *buffers: Tensor) -> None:
+        """The next exchange may write into them."""
+        for buffer in buffers if self._host else ():
+            self._buffers[buffer.shape, buffer.dtype].append(buffer)
 
 
-_SENT, _SUM, _SWAPPED = -1, -2, -3  # uses of a buffer, beside the peers
+def _not_tried() -> None:
+    """What an exchange gives that was not."""
 
 
 def own_group(
@@ -393,6 +462,7 @@ def own_group(
 
 
 _Plan = tuple[float, dict[int, float], list[int]]
+_Heard = tuple[float, list[tuple[float, Tensor]]]  # own weight; weight and message of each other
 
 
 def _exchange_plan(matrix: csr_array, rank: int) -> _Plan:

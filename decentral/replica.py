@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from decentral.batches import Batches
-from decentral.comm import BLOCK_BYTES, Comm, Decode, Event, accumulation_dtype
+from decentral.comm import BLOCK_BYTES, Comm, Decode, Event, Finish, accumulation_dtype
 from decentral.draws import hash64
 
 
@@ -209,6 +209,7 @@ class Replica:
         self.averaging = Averaging.NOBODY
         self._recording = self._watching = self._measuring = self._drifting = False
         self._load = 1.0
+        self._begun: Callable[[], None] | None = None  # an averaging that `begin` began
         self._deviation: Tensor | None = None
         self._drift: Tensor | None = None
         self._moved: Tensor | None = None
@@ -262,17 +263,38 @@ class Replica:
         Where a wire format rounds what is sent, Q, it is v_i <- v_i + sum_j W_ij (Q_j - Q_i),
         which keeps the mean exactly.
         """
-        if self.averaging is Averaging.EVERYONE:
-            self.mean_(v)
-        elif self.averaging is Averaging.GROUP and v.numel():
-            v.copy_(self.comm.mean_of_group(v, self.step))
-        elif self.averaging is Averaging.NEIGHBOURS and v.numel():
-            if self._wire is None:
-                self.comm.mix_(v, self.step)
+        self._start_mix(v)(v)
+
+    def _start_mix(self, v: Tensor) -> Finish:
+        """Begin what `mix_` does."""
+        if self.averaging is Averaging.NOBODY or not v.numel():
+            return lambda own: None
+        if self.averaging is Averaging.NEIGHBOURS:
+            wire = self._wire
+            return self.comm.start_mix_(v, self.step) if wire is None else self._rounded(v, wire)
+        everyone = self.averaging is Averaging.EVERYONE
+        start = self.comm.start_mean if everyone else self.comm.start_mean_of_group
+        averaged = start(v, self.step)
+
+        def finish(own: Tensor) -> None:
+            mean = averaged()
+            if own is self.x and everyone:
+                self.record(own, mean)
+            if own is v:
+                own.copy_(mean)
             else:
-                wire = self._wire
-                message = wire.encode(v, self.key())
-                v += self.mixed(message, lambda m: wire.decode(m, v)) - wire.decode(message, v)
+                own.sub_(v).add_(mean)
+
+        return finish
+
+    def _rounded(self, v: Tensor, wire: Compressor) -> Finish:
+        message, step = wire.encode(v, self.key()), self.step
+        mixed = self.comm.start_mix(message, step, lambda m: wire.decode(m, v))
+
+        def finish(own: Tensor) -> None:
+            own += mixed() - wire.decode(message, v)
+
+        return finish
 
     def mixed(self, message: Tensor, decode: Decode) -> Tensor:
         """sum_j W_ij decode(message_j) over the topology, for messages that are codes."""
@@ -294,19 +316,16 @@ class Replica:
         """min_j v_j, element by element: it broadcasts against v."""
         return self.comm.least(v, self.step)
 
-    def record(self, x: Tensor, counted: bool = False) -> Tensor | None:
+    def record(self, x: Tensor, mean: Tensor | None = None) -> None:
         """Where a rule is after its local step and before it averages: the consensus distance, and
-        drift.
-
-        Returns the mean of all x, for whoever needs it anyway, if this step is recorded.
-        """
+        drift. `mean`: of all x, where it is known anyway."""
         if not self._recording:
-            return None
-        mean = self.comm.mean(x, self.step, counted=counted)
+            return
+        if mean is None:
+            mean = self.comm.mean(x, self.step, counted=False)
         self._deviation = squared_distance(x, mean)
         if self._drifting and self.anchor is not None:
             self._drift = squared_distance(x, self.anchor)
-        return mean
 
     def average(self) -> None:
         """x_i <- sum_j W(k)_ij x_j: the model's averaging, buffers with it.
@@ -314,18 +333,35 @@ class Replica:
         The consensus distance is recorded before; at a global average it costs no message, and
         the outer optimizer has its turn after.
         """
+        self._start_average(self.x, self.shared_buffers)()
+
+    def start_average(self) -> Callable[[], None]:
+        """Begin `average`, and go on while messages are under way: call what it returns to end it.
+
+        In between x stays as it is. What the gradient changes of the buffers b is the worker's
+        own, as its step is: b_i <- sum_j W(k)_ij b_j + (change of b_i).
+        """
+        begun, self._begun = self._begun, None
+        return begun or self._start_average(self.x, self.shared_buffers.clone())
+
+    def _start_average(self, x: Tensor, buffers: Tensor) -> Callable[[], None]:
+        """`x` and `buffers` are what is averaged: the replica's, or copies that stay as they are
+        while the replica's change."""
         everyone = self.averaging is Averaging.EVERYONE
-        mean = self.record(self.x, counted=everyone)
-        before = self.x.clone() if self._watching else None
-        if everyone and mean is not None:
-            self.x.copy_(mean)
-        else:
-            self.mix_(self.x)
-        if before is not None:
-            self._moved = squared_distance(self.x, before)
-        self.mix_(self.shared_buffers)
-        if everyone and self._outer is not None:
-            self._outer.step(self.x, self.state, self.lr)
+        if not everyone:  # else from the average itself
+            self.record(x)
+        finish_x, finish_buffers = self._start_mix(x), self._start_mix(buffers)
+
+        def finish() -> None:
+            before = self.x.clone() if self._watching else None
+            finish_x(self.x)
+            finish_buffers(self.shared_buffers)
+            if before is not None:
+                self._moved = squared_distance(self.x, before)
+            if everyone and self._outer is not None:
+                self._outer.step(self.x, self.state, self.lr)
+
+        return finish
 
     # What an engine calls.
 
@@ -365,12 +401,8 @@ class Replica:
 
     def take(self, segment: Segment, step: int) -> None:
         """One step of `segment`, without a report: who owns the training loop calls this."""
-        self.step, last = step, step == segment.stop - 1
-        self.averaging = self._averaging(segment, last)
-        self._recording = last and segment.record
-        self._watching = last and segment.watch
-        self._measuring = last and segment.measure
-        self._drifting = last and segment.drift
+        self._enter(segment, step)
+        last = step == segment.stop - 1
         if segment.measure:
             self._gradient.measures = last
         self._rule.step(self)
@@ -378,6 +410,29 @@ class Replica:
             self._set_anchor()
         if self.scheduler is not None:
             self.scheduler.step()
+
+    def begin(self, segment: Segment) -> None:
+        """Begin the averaging of the next step, the only one of `segment`: what `start_average` of
+        its rule is then. For a loop that has the step's gradient before it asks for the step."""
+        self._enter(segment, segment.start)
+        self._begun = self._start_average(self.x.clone(), self.shared_buffers.clone())
+
+    def leave_off(self) -> None:
+        """End what `begin` began, and leave the model as it is."""
+        if self._begun is not None:
+            own = self.x.clone(), self.buffers.clone()
+            self._begun()
+            self._begun = None
+            for tensor, value in zip((self.x, self.buffers), own, strict=True):
+                tensor.copy_(value)
+
+    def _enter(self, segment: Segment, step: int) -> None:
+        self.step, last = step, step == segment.stop - 1
+        self.averaging = self._averaging(segment, last)
+        self._recording = last and segment.record
+        self._watching = last and segment.watch
+        self._measuring = last and segment.measure
+        self._drifting = last and segment.drift
 
     def _make_up(self, segment: Segment) -> None:
         """The record and the global average of a step whose averaging was cut short.

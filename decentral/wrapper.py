@@ -148,6 +148,8 @@ class AveragingOptimizer(torch.optim.Optimizer):
             algorithm.outer, SlowMo
         )
         self._needs_loss = isinstance(algorithm.schedule, Adaptive)
+        self._overlaps = getattr(algorithm.rule, "overlaps", False)
+        self._next: Segment | None = None  # a step whose averaging is under way
         self._steps = 0  # finished
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
         self._since = 0  # steps in it: since the last global average
@@ -178,6 +180,10 @@ class AveragingOptimizer(torch.optim.Optimizer):
     ) -> float | Tensor | None:
         """A step of the method with the gradient that backward has left; all workers take it.
 
+        Where the method averages what a step begins with (gossip_cta), that of the next step is
+        under way when this returns. What is done to the parameters before the next step, beside
+        `load_state_dict`, then counts as this worker's own part of that step.
+
         loss: of this step's batch, which gossip_aga needs; `closure` computes and returns it.
 
         Raises PeerError, with this worker, the step and who failed it, if an exchange fails.
@@ -193,7 +199,12 @@ class AveragingOptimizer(torch.optim.Optimizer):
             return loss
         if loss is not None:
             self._loss += loss.detach() if isinstance(loss, Tensor) else loss
-        self._take(self._next_segment())
+        segment, self._next = self._next or self._next_segment(), None
+        self._take(segment)
+        # After a global average the schedule has yet to hear of the next learning rate.
+        if self._overlaps and self._averaged is None:
+            self._next = self._next_segment()
+            self._replica.begin(self._next)
         return loss
 
     def _check_step(self, loss: float | Tensor | None) -> None:
@@ -329,6 +340,8 @@ class AveragingOptimizer(torch.optim.Optimizer):
                 f"this is the state of one of {own['workers']} workers, and there are"
                 f" {self._comm.n}; start as many"
             )
+        self._replica.leave_off()
+        self._next = None
         self._stepper.load_state_dict({k: v for k, v in state_dict.items() if k != "decentral"})
         self.state = self._stepper.optimizer.state
         device = self._replica.x.device

@@ -42,14 +42,16 @@ class _Process:
 _PROCESSES: list[_Process] = []
 
 
-def run_on_ranks(n: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def run_on_ranks(
+    n: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = PATIENCE_S
+) -> list[Any]:
     """`function(rank, *arguments)` on every rank, in a gloo group; its results by rank.
 
     `function` must be importable; an error on any rank is raised here with its traceback.
     """
     while len(_PROCESSES) < n:
         _PROCESSES.append(_Process())
-    port, deadline = free_port(), time.monotonic() + PATIENCE_S
+    port, deadline = free_port(), time.monotonic() + timeout_s
     ranks = {process.connection: rank for rank, process in enumerate(_PROCESSES[:n])}
     results: dict[int, Any] = {}
     try:

@@ -22,6 +22,7 @@ SMALL = {
     "gpu_rate": ["--workers", "2", "--models", "mlp", "--models", "gpt", "--pairs", "1"],
     "heterogeneity": ["--steps", "6", "--seeds", "2", "--workers", "4"],
     "overhead": ["--hidden", "8", "--rounds", "3"],
+    "peers": ["--workers", "2", "--hidden", "8", "--rounds", "1"],
     "papers": ["--only", "deep_digits", "--steps", "6", "--seeds", "1"],
     "planner": [
         "--cluster",
@@ -57,6 +58,7 @@ SMALL = {
 NEEDS_HOSTS = {
     "clock_against_reality": ["--rate", "1000", "--records", "2", "--hidden", "8"],
     "exchange": ["--rate", "1000", "--megabytes", "0.01", "--rounds", "1"],
+    "overlap": ["--rate", "1000", "--workers", "2", "--hidden", "8", "--rounds", "1"],
 }
 if hosts.why_not() is None:
     SMALL |= NEEDS_HOSTS
@@ -118,7 +120,7 @@ def outputs(tmp_path_factory):
 
 
 def test_every_benchmark_is_run_here_and_has_a_committed_result():
-    scripts = {path.stem for path in BENCHMARKS.glob("*.py")} - {"machine", "trials"}
+    scripts = {path.stem for path in BENCHMARKS.glob("*.py")} - {"machine", "ranks", "trials"}
     assert scripts == set(SMALL | NEEDS_HOSTS)
     assert {path.stem for path in (BENCHMARKS / "results").glob("*.json")} == scripts
     for name in scripts:

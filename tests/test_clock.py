@@ -394,10 +394,14 @@ def test_an_exchange_behind_the_computing_costs_what_is_longer():
     np.testing.assert_allclose(after(clock, compute(1), neighbours(1)), expected)
 
 
-def test_only_the_first_exchange_of_a_step_starts_before_its_computing_ends():
-    clock = overlapping([5e-3, 5e-3, 5e-3])
+@pytest.mark.parametrize(("computing", "takes"), [(5e-3, 6e-3), (9e-3, 9e-3)])
+def test_exchanges_behind_the_computing_go_one_after_the_other(computing, takes):
+    """Each takes 3 ms; those of the next step start when this step is over."""
+    clock = overlapping([computing] * 3)
     times = after(clock, compute(), neighbours(), neighbours())
-    np.testing.assert_allclose(times, np.full(3, 8e-3))
+    np.testing.assert_allclose(times, np.full(3, takes))
+    times = after(clock, compute(1), neighbours(1))
+    np.testing.assert_allclose(times, np.full(3, takes + computing))
 
 
 def test_a_global_average_hides_behind_the_computing_too():
@@ -418,6 +422,19 @@ def test_overlap_is_for_methods_whose_messages_need_no_gradient():
     for name in ("gossip_sgd", "gradient_tracking", "parallel_sgd", "d2"):
         with pytest.raises(decentral.UserError, match=rf"network\.overlap: {name} sends what"):
             build(load(config, {"algorithm": {"name": name}}))
+
+
+def test_the_clock_goes_by_what_the_engines_do_unless_it_is_told():
+    config = quadratic(workers=3, steps=1, dim=2) | {"topology": {"name": "path"}}
+    for name, overlap, takes_s in (
+        ("gossip_cta", None, 3e-3),
+        ("gossip_cta", False, 4e-3),
+        ("gossip_sgd", None, 4e-3),
+        ("gossip_sgd", False, 4e-3),
+    ):
+        network = {"overlap": overlap, "compute_ms": 1, "latency_ms": 3}
+        result = decentral.run(config, algorithm={"name": name}, network=network)
+        np.testing.assert_allclose(result.metrics.sim_time_s, takes_s, rtol=1e-4)
 
 
 # All-reduces of other kinds, and where workers share a node.

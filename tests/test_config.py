@@ -154,7 +154,6 @@ def test_a_written_config_holds_the_defaults(tmp_path):
         "latency_ms": 0.1,
         "bandwidth_gbps": 10.0,
         "overhead": 0.0,
-        "overlap": False,
         "all_reduce": "ring",
     }
     assert held["seed"] == 0
@@ -217,6 +216,8 @@ def test_every_sweep_begins_with_a_comment_and_its_points_build(monkeypatch):
         assert path.read_text().startswith("# ")
         methods = {point.method: point for point in read_sweep(path).points}
         assert len(methods) > 1
+        if path.stem == "deep_images":  # whose data come from elsewhere: test_images runs it
+            continue
         for point in methods.values():
             build(point.config)
 

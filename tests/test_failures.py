@@ -65,6 +65,24 @@ def test_patience_is_that_of_the_longest_of_work_and_exchange(clock):
     assert patience.deadline() == timedelta(seconds=21)  # a long phase of work counts once
 
 
+def test_work_behind_an_exchange_is_no_wait_and_counts_for_the_next(clock):
+    patience = Patience(factor=3.0, first_s=300.0)
+    for _ in range(2):  # two that are under way together: the second has the first one's deadline
+        assert patience.deadline() == timedelta(seconds=300)
+    clock[0] += 7.0  # the gradient, behind both
+    patience.wait()
+    clock[0] += 1.0
+    patience.over()
+    patience.wait()
+    patience.over()
+    clock[0] += 0.5
+    assert [patience.deadline() for _ in range(2)] == [timedelta(seconds=3 * 7.5)] * 2
+    for _ in range(2):
+        patience.wait()
+        patience.over()
+    assert patience.deadline() == timedelta(seconds=10)  # the longest wait was 1 s
+
+
 def test_what_came_before_a_segment_is_no_work(clock):
     patience = Patience(factor=3.0, first_s=300.0)
     patience.deadline()

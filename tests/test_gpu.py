@@ -288,8 +288,13 @@ def exchanged(rank):
     x = torch.arange(SIZE, device="cuda", dtype=torch.float32) / SIZE + rank
     topology = topologies.build(dist.get_world_size(), "path")
     comm = PeerComm(Mixing(topology), device="cuda")
-    seen = []
-    for act in (lambda: comm.mix(x, 0), lambda: comm.mean(x, 0)):
+    mixed, seen = torch.empty_like(x), []
+
+    def mix():
+        comm.mix_(mixed.copy_(x), 0)
+        return mixed
+
+    for act in (mix, lambda: comm.mean(x, 0)):
         act()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -298,7 +303,7 @@ def exchanged(rank):
         torch.cuda.synchronize()
         seen.append((torch.cuda.max_memory_allocated() - before, float((result - x)[1234])))
         del result
-    pinned = all(buffer.is_pinned() for buffer in comm._buffers.values())
+    pinned = all(buffer.is_pinned() for spare in comm._buffers.values() for buffer in spare)
     return seen, pinned
 
 

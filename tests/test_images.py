@@ -161,7 +161,6 @@ def test_the_sweep_on_cifar_runs_on_the_file_that_it_is_given(tmp_path):
         "task.model.depth": 8,
         "task.model.width": 4,
         "lr_schedule.warmup": 2,
-        "sim.device": "cpu",
         "record": {"every": 6},
         "compare.processes": 1,
     }

@@ -1,4 +1,4 @@
-"""Combine-then-adapt: an average, then a local step with the gradient from before it."""
+"""Combine-then-adapt: an average, and a local step with the gradient from before it."""
 
 from decentral.replica import Replica
 
@@ -8,8 +8,10 @@ class CombineThenAdapt:
 
         x_i^{k+1} = sum_j W(k)_ij x_j^k - gamma * g(x_i^k)
 
-    The gradient does not wait for the average, so the exchange can hide behind it. Mixes less
-    than adapt-then-combine: the last gradient is not averaged.
+    The exchange waits for no gradient and the gradient for no exchange: they go on at once, and a
+    step takes the longer of the two. Float buffers go the same way: what is averaged is what they
+    were before the gradient, which then adds its change. Mixes less than adapt-then-combine: the
+    last gradient is not averaged.
 
     Source: Lian et al. 2017 (arXiv 1705.09056), algorithm 1.
     """
@@ -21,6 +23,7 @@ class CombineThenAdapt:
     overlaps = True
 
     def step(self, replica: Replica) -> None:
+        finish_average = replica.start_average()
         gradient = replica.gradient()
-        replica.average()
+        finish_average()
         replica.descend(gradient)
