@@ -360,18 +360,19 @@ class PeerComm:
         deadline = self.patience.deadline()
         # Receives first: gloo tells the other end of a receive in one queue with what it sends, and
         # behind a large message the two directions would go one after the other.
-        operations = [dist.P2POp(dist.irecv, into[peer], peer) for peer in into]
-        operations += [dist.P2POp(dist.isend, out[peer], peer) for peer in out]
+        calls = [(dist.irecv, *one) for one in into.items()]
+        calls += [(dist.isend, *one) for one in out.items()]
         works: list[tuple[int | None, dist.Work]] = []
         peer = None
         try:
             if not self._host:  # NCCL may have one work for all of them
-                batch = dist.batch_isend_irecv(operations) if operations else []
+                together = [dist.P2POp(call, message, to) for call, to, message in calls]
+                batch = dist.batch_isend_irecv(together) if together else []
                 works = [(None, work) for work in batch]
             else:
-                for operation in operations:
-                    peer = operation.peer
-                    work = operation.op(operation.tensor, peer, operation.group)
+                for call, peer, message in calls:
+                    work = call(message, peer)
+                    assert work is not None, "this worker is in the group"
                     works.append((peer, work))
         except RuntimeError as error:
             self._fail(PeerError(self.rank, step, peer, str(error)), error)
