@@ -251,6 +251,7 @@ def build(config: Config, topology: Topology | None = None) -> Experiment:
     """
     algorithm = algorithm_of(config)
     _check_gradient(config, algorithm)
+    _check_fused(config)
     _check_diagnostics(config)
     topology = topology or topology_of(config, algorithm)
     faults = _faults(config, algorithm, topology)
@@ -483,6 +484,23 @@ def _check_gradient(config: Config, algorithm: Algorithm) -> None:
             " set dtype=float32",
             "dtype",
         )
+
+
+def _check_fused(config: Config) -> None:
+    """torch takes the form on request where it is wrong, too: see optimizers.fuses."""
+    options = config.optimizer.options
+    if not options.get("fused"):
+        return
+    for wrong, what in (
+        (config.dtype == "bfloat16", "dtype: bfloat16"),
+        (excluded(options) != "none", "weight_decay_exclude"),
+    ):
+        if wrong:
+            raise UserError(
+                f"torch's fused form takes wrong steps with {what}; leave it away: where it is"
+                " right and faster it is taken anyway",
+                "optimizer.fused",
+            )
 
 
 def _check_diagnostics(config: Config) -> None:

@@ -613,6 +613,18 @@ WRONG = {
         {"lr_schedule": {"name": "exponential", "gamma": 0.9, "warmupp": 2}},
         "did you mean 'warmup'",
     ),
+    "fused where it is wrong": (
+        {"optimizer.fused": True, "dtype": "bfloat16"},
+        "optimizer.fused: .*wrong steps with dtype: bfloat16; leave it away",
+    ),
+    "fused on columns": (
+        {
+            "optimizer.fused": True,
+            "optimizer.weight_decay": 0.1,
+            "optimizer.weight_decay_exclude": "norms_and_biases",
+        },
+        "optimizer.fused: .*wrong steps with weight_decay_exclude",
+    ),
     "clip_norm of zero": ({"gradient": {"clip_norm": 0}}, "gradient.clip_norm: .*greater than 0"),
     "clip_norm without end": ({"gradient": {"clip_norm": math.inf}}, "gradient.clip_norm: "),
     "no micro-batch": ({"gradient": {"accumulate": 0}}, "gradient.accumulate: .*greater than 0"),
