@@ -317,7 +317,7 @@ class PeerComm:
         try:
             everyone = group or dist.group.WORLD
             assert everyone is not None, "the worker has joined"
-            work = everyone.allreduce([total], options)
+            works = [everyone.allreduce([total], options)]
         except RuntimeError as error:
             self._fail(PeerError(self.rank, step, None, str(error)), error)
             return _not_tried
@@ -329,7 +329,7 @@ class PeerComm:
             self.patience.wait()
             try:
                 with self.stopwatch:
-                    work.wait()
+                    works.pop().wait()  # and let go of, see `_went_well`
             except RuntimeError as error:
                 self._fail(PeerError(self.rank, step, None, str(error)), error)
                 return None
@@ -380,21 +380,36 @@ class PeerComm:
 
         def wait() -> bool:
             _under_way.discard(wait)
-            if self.failure is not None:  # of another exchange that was under way
-                return False
-            self.patience.wait()
-            for peer, work in works:
-                try:
-                    with self.stopwatch:
-                        work.wait(deadline)
-                except RuntimeError as error:
-                    self._fail(PeerError(self.rank, step, peer, str(error)), error)
-                    return False
-            self.patience.over()
-            return True
+            try:
+                return self._went_well(works, deadline, step)
+            finally:
+                works.clear()
 
         _under_way.add(wait)
         return wait
+
+    def _went_well(
+        self, works: list[tuple[int | None, dist.Work]], deadline: timedelta, step: int
+    ) -> bool:
+        """Wait for exchanges with peers; False if one failed, or another one had.
+
+        Who holds a work holds a connection, which must close at once after a failure: so none is
+        left in a frame of the error's traceback.
+        """
+        if self.failure is not None:  # of another exchange that was under way
+            return False
+        self.patience.wait()
+        for peer, work in works:
+            try:
+                with self.stopwatch:
+                    work.wait(deadline)
+            except RuntimeError as error:
+                works.clear()
+                del work
+                self._fail(PeerError(self.rank, step, peer, str(error)), error)
+                return False
+        self.patience.over()
+        return True
 
     def let_go(self) -> None:
         """Drop the process groups, whose connections close only once nobody holds them."""
