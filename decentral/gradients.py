@@ -12,6 +12,7 @@ for methods that need no gradient.
 """
 
 import contextlib
+import functools
 import logging
 import math
 import time
@@ -339,20 +340,17 @@ class StackedGradient:
     def _batch(
         self, micro: int | Sequence[int], rows: Sequence[int] | None = None
     ) -> tuple[Tensor, ...]:
-        if rows is None:
-            assert isinstance(micro, int)
-            drawn = self.sampler.indices(micro), self.sampler.sample_seeds(micro)
-        else:
-            assert not isinstance(micro, int)
-            each = {
-                m: (self.sampler.indices(m), self.sampler.sample_seeds(m))
-                for m in sorted(set(micro))
-            }
-            drawn = tuple(
-                torch.stack([each[m][part][row] for m, row in zip(micro, rows, strict=True)])
-                for part in (0, 1)
-            )
-        return self._model.cast(read(self._task.train, *drawn))
+        def drawn(of: Callable[[int], Tensor]) -> Tensor:
+            """What the sampler draws for the workers that are asked for, a row each."""
+            if isinstance(micro, int):
+                return of(micro)
+            assert rows is not None, "each of them has its own"
+            each = {m: of(m) for m in sorted(set(micro))}
+            return torch.stack([each[m][row] for m, row in zip(micro, rows, strict=True)])
+
+        sampler = self.sampler
+        seeds = functools.partial(drawn, sampler.sample_seeds)
+        return self._model.cast(read(self._task.train, drawn(sampler.indices), seeds))
 
     def _losses(
         self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], batch: tuple[Tensor, ...]

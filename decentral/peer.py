@@ -109,8 +109,8 @@ class PeerComm:
     a stream of NCCL's. What comes is added up where it is waited for.
 
     Where tensors are on a GPU and the backend is gloo, what is sent and received is
-    staged in pinned host memory. On a GPU a mix takes the memory of one message for each neighbour
-    that is heard, and no more: the sum is taken in the first one's.
+    staged in pinned host memory. To mix in place takes the memory of one message for each neighbour
+    that is heard, and no more.
 
     `own_group` averages by itself, where the method has such groups. What does not come at a step
     is not sent either: both ends know it from `mixing`. device: where the tensors are; `stopwatch`

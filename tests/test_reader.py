@@ -42,7 +42,7 @@ def sampler(workers):
 
 def drawn(workers, step):
     own = sampler(workers)
-    return read(Noisy(), own.indices(step), own.sample_seeds(step))
+    return read(Noisy(), own.indices(step), lambda: own.sample_seeds(step))
 
 
 def test_a_worker_reads_what_it_reads_among_all():
@@ -59,6 +59,12 @@ def test_a_worker_reads_what_it_reads_among_all():
     noise = x[..., 0] - y[..., 0]
     assert noise.unique().numel() == 12  # none drawn twice
     assert not torch.equal(drawn([0], 8)[0] - drawn([0], 8)[1], noise[:1])
+
+
+def test_what_lies_in_memory_asks_for_no_seeds():
+    x = torch.arange(6).view(3, 2)
+    (taken,) = read((x,), torch.tensor([[2, 0]]), lambda: pytest.fail("nothing draws"))
+    assert taken.tolist() == [[[4, 5], [0, 1]]]
 
 
 @pytest.mark.slow

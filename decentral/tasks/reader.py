@@ -6,7 +6,7 @@ included: the generators of torch, numpy and Python are set before each worker's
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,15 +20,16 @@ from decentral.tasks.task import Data, fetch, in_memory
 AHEAD = 2  # batches that each process has read
 
 
-def read(data: Data, indices: Tensor, seeds: Tensor) -> tuple[Tensor, ...]:
+def read(data: Data, indices: Tensor, seeds: Callable[[], Tensor]) -> tuple[Tensor, ...]:
     """The samples at `indices`, [workers, batch]: one tensor [workers, batch, ...] per part.
 
-    seeds: int64 [workers], for what a Dataset draws itself; tensors in memory draw nothing.
+    seeds: gives int64 [workers], for what a Dataset draws itself. Tensors in memory draw nothing,
+    and it is not asked.
     """
     if in_memory(data):
         return fetch(data, indices)
     batches = []
-    for own, seed in zip(indices, seeds.tolist(), strict=True):
+    for own, seed in zip(indices, seeds().tolist(), strict=True):
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
@@ -83,7 +84,5 @@ class _Batches(Dataset[tuple[Tensor, ...]]):
         self._data, self._sampler = data, sampler
 
     def __getitem__(self, step: int) -> tuple[Tensor, ...]:
-        indices = self._sampler.indices(step)
-        if in_memory(self._data):  # and draws nothing: spare the seeds
-            return fetch(self._data, indices)
-        return read(self._data, indices, self._sampler.sample_seeds(step))
+        sampler = self._sampler
+        return read(self._data, sampler.indices(step), lambda: sampler.sample_seeds(step))
