@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import machine
+import segments
 import torch
 import typer
 from rich import box
@@ -35,7 +36,7 @@ from decentral.config import load
 from decentral.engines.sim import Simulator
 from decentral.experiment import Experiment, build
 from decentral.gradients import StackedGradient
-from decentral.replica import Averaging, Replica, Segment
+from decentral.replica import Averaging, Replica
 from decentral.tasks import fetch
 
 PERIOD = 4
@@ -249,14 +250,7 @@ def measure(experiment: Experiment, pairs: int, seconds: float) -> dict[str, Any
 
 def simulation(simulator: Simulator) -> Callable[[], None]:
     """A period of the simulator: steps of gossip, the last with a global average."""
-    step = 0
-
-    def period() -> None:
-        nonlocal step
-        simulator.run(Segment(step, step + PERIOD, Averaging.NEIGHBOURS, True, record=False))
-        step += PERIOD
-
-    return period
+    return segments.in_a_row(simulator.run, PERIOD, Averaging.NEIGHBOURS, global_average=True)
 
 
 def single_model(experiment: Experiment) -> Callable[[], None]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import machine
+import segments
 import torch
 import torch.distributed as dist
 import typer
@@ -28,7 +29,7 @@ from decentral.config import load
 from decentral.experiment import Experiment, build
 from decentral.gradients import FlatModel, ModuleGradient
 from decentral.peer import PeerComm
-from decentral.replica import Averaging, Segment
+from decentral.replica import Averaging
 from decentral.tasks import fetch
 
 STEPS = 8  # of each loop at its turn
@@ -142,14 +143,7 @@ def replica(experiment: Experiment) -> Callable[[], None]:
     model = FlatModel(copy.deepcopy(experiment.task.model), experiment.dtype)
     gradient = ModuleGradient(model, experiment.task, experiment.sampler([0]))
     worker = experiment.replica(gradient, PeerComm(None), torch.tensor(0))
-    step = 0
-
-    def some() -> None:
-        nonlocal step
-        worker.run(Segment(step, step + STEPS, Averaging.NOBODY, False, record=False))
-        step += STEPS
-
-    return some
+    return segments.in_a_row(worker.run, STEPS, Averaging.NOBODY)
 
 
 if __name__ == "__main__":

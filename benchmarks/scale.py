@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import machine
+import segments
 import torch
 import typer
 from rich.console import Console
@@ -105,7 +106,7 @@ def scaled(n: int, topology: str, rounds: int) -> dict[str, Any]:
     """Times of an epoch of steps, by step."""
     experiment = build(load(LOGISTIC | {"workers": n, "topology": {"name": topology}}))
     acts = {
-        "step": simulation(Simulator(experiment)),
+        "step": segments.in_a_row(Simulator(experiment).run, EPOCH, Averaging.NEIGHBOURS),
         "single": single_model(experiment, draws=True),
         "single_without_drawing": single_model(experiment, draws=False),
     }
@@ -119,17 +120,6 @@ def scaled(n: int, topology: str, rounds: int) -> dict[str, Any]:
         "ratio": ratio(taken["step"], taken["single"]),
         "ratio_without_drawing": ratio(taken["step"], taken["single_without_drawing"]),
     }
-
-
-def simulation(simulator: Simulator) -> Callable[[], None]:
-    step = 0
-
-    def epoch() -> None:
-        nonlocal step
-        simulator.run(Segment(step, step + EPOCH, Averaging.NEIGHBOURS, False, record=False))
-        step += EPOCH
-
-    return epoch
 
 
 def single_model(experiment: Experiment, draws: bool) -> Callable[[], None]:
