@@ -372,7 +372,7 @@ def test_the_guides_example_is_a_sweep():
     guide = (ROOT / "docs/compare.md").read_text()
     text = guide.split("```yaml\n")[1].split("```")[0]
     points = read_sweep(yaml.safe_load(text)).points
-    assert len(points) == (1 + 1 + 3) * 3 * 5
+    assert len(points) == (1 + 1 + 3) * 4 * 5
 
 
 class TestCommand:
