@@ -23,6 +23,7 @@ from decentral.comm import (
     nbytes,
 )
 from decentral.errors import StepError
+from decentral.exchange import Exchange, ExchangeError, pieces_of
 from decentral.mixing import Mixing
 from decentral.stopwatch import Stopwatch, timed
 
@@ -30,9 +31,8 @@ from decentral.stopwatch import Stopwatch, timed
 # travel: so large that their number costs little, measured with benchmarks/exchange.py.
 PIECE_BYTES = 2**20
 
-# Exchanges that have begun and that nobody has waited for. Kept, for gloo drops a message whose
-# tensor is gone, and the receiver would take the next one for it.
-_under_way: dict[int, "_Works"] = {}  # by id
+# How many of them may be on their way to each neighbour, where the worker waits for the exchange.
+PIECES_AHEAD = 2
 
 
 class PeerError(StepError):
@@ -106,9 +106,6 @@ class PeerComm:
     and from then on the worker is alone. W is I and every mean its own value, so that a step which
     has begun ends as one without averaging.
 
-    Receives are posted before sends: between two ranks gloo announces a receive in the queue of
-    what it sends, so behind a large message the two directions would go one after the other.
-
     What is started goes on by itself while the worker computes: in a thread of gloo's, or in
     a stream of NCCL's. What comes is added up where it is waited for, on CPUs piece by piece.
 
@@ -155,7 +152,7 @@ class PeerComm:
         return self.start_mix(message, step, decode)()
 
     def start_mix(self, message: Tensor, step: int, decode: Decode = as_it_is) -> Pending:
-        own_weight, arriving = self._start_messages(message, step, len(message))
+        own_weight, arriving = self._start_messages(message, step)
 
         def finish() -> Tensor:
             own = decode(message)
@@ -171,11 +168,14 @@ class PeerComm:
         return finish
 
     def mix_(self, x: Tensor, step: int) -> None:
-        self.start_mix_(x, step)(x)
+        self._start_mix_(x, step, PIECES_AHEAD)(x)
 
     def start_mix_(self, x: Tensor, step: int) -> Finish:
+        return self._start_mix_(x, step, None)
+
+    def _start_mix_(self, x: Tensor, step: int, ahead: int | None) -> Finish:
         size = PIECE_BYTES // x.element_size() if self._host else len(x)
-        own_weight, arriving = self._start_messages(x, step, size)
+        own_weight, arriving = self._start_messages(x, step, size, ahead)
 
         def finish(own: Tensor) -> None:
             parts = list(zip(own.split(size), x.split(size), strict=True))
@@ -224,9 +224,9 @@ class PeerComm:
         return heard if self.failure is None else []
 
     def _start_messages(
-        self, message: Tensor, step: int, size: int
+        self, message: Tensor, step: int, size: int | None = None, ahead: int | None = None
     ) -> "tuple[float, Iterator[_Heard]]":
-        """Begin to send a message along W(step), so many elements at a time, and to receive others.
+        """Begin to send a message along W(step), and to receive the others', as an Exchange does.
 
         The worker's own weight; and, piece by piece as they come, each other's weight and its
         piece: none any more once the exchange failed. What was heard is good until the next
@@ -235,8 +235,8 @@ class PeerComm:
         own_weight, heard, hearers = self._plan(step)
         sent = self._outgoing(message)
         received = {peer: self._incoming(sent) for peer in heard}
-        arrivals = self._begin(dict.fromkeys(hearers, sent), received, step, size)
-        pieces = _pieces(received, size)
+        arrivals = self._begin(dict.fromkeys(hearers, sent), received, step, size, ahead)
+        pieces = pieces_of(received, size)
 
         def arriving() -> Iterator[_Heard]:
             for number, went_well in enumerate(arrivals):
@@ -391,72 +391,43 @@ class PeerComm:
         into: Mapping[int, Tensor],
         step: int,
         size: int | None = None,
+        ahead: int | None = None,
     ) -> Iterator[bool]:
-        """Send and receive at once a message for, or from, each peer, in pieces of `size` elements.
+        """Begin an Exchange, of which the arguments are.
 
-        What it returns waits for the next piece of all, the only one without `size`: true if that
-        went well; false, and no more, if it failed, or was not tried after an earlier failure.
+        What it returns waits for the next piece: true if that went well; false, and no more, if it
+        failed, or was not tried after an earlier failure.
         """
         if self.failure is not None:
             return iter([False])
         deadline = self.patience.deadline()
-        # Receives first: gloo tells the other end of a receive in one queue with what it sends, and
-        # behind a large message the two directions would go one after the other.
-        calls = [
-            (number, call, part, peer)
-            for call, messages in ((dist.irecv, into), (dist.isend, out))
-            for number, piece in enumerate(_pieces(messages, size))
-            for peer, part in piece
-        ]
-        works: _Works = [[] for _ in range(1 + max((number for number, *_ in calls), default=-1))]
-        peer = None
         try:
-            if not self._host:  # NCCL may have one work for all of them
-                together = [dist.P2POp(call, part, to) for _, call, part, to in calls]
-                batch = dist.batch_isend_irecv(together) if together else []
-                works = [[(None, work) for work in batch]]
-            else:
-                for number, call, part, peer in calls:
-                    work = call(part, peer)
-                    assert work is not None, "this worker is in the group"
-                    works[number].append((peer, work))
-        except RuntimeError as error:
-            self._fail(PeerError(self.rank, step, peer, str(error)), error)
+            exchange = Exchange(out, into, size, ahead, together=not self._host)
+        except ExchangeError as error:
+            self._fail(PeerError(self.rank, step, error.peer, str(error)), error)
             return iter([False])
-        _under_way[id(works)] = works
-        return self._arrivals(works, deadline, step)
+        return self._arrivals(exchange, deadline, step)
 
-    def _arrivals(self, works: "_Works", deadline: timedelta, step: int) -> Iterator[bool]:
-        """Wait for what was begun, piece by piece; false, the last, if it or another one failed."""
-        del _under_way[id(works)]
+    def _arrivals(self, exchange: Exchange, deadline: timedelta, step: int) -> Iterator[bool]:
         self.patience.wait()
-        while works:
-            went_well = self._went_well(works, deadline, step)
+        for _ in range(exchange.pieces):
+            went_well = self._went_well(exchange, deadline, step)
             yield went_well
             if not went_well:
                 return
         self.patience.over()
 
-    def _went_well(self, works: "_Works", deadline: timedelta, step: int) -> bool:
-        """Wait for the first piece of `works`, which leaves them; if it fails, all do.
-
-        Who holds a work holds a connection, which must close at once after a failure: so none is
-        left in a frame of the error's traceback.
-        """
-        if self.failure is not None:  # of another exchange that was under way
-            works.clear()
+    def _went_well(self, exchange: Exchange, deadline: timedelta, step: int) -> bool:
+        """Wait for a piece; not, where another exchange that was under way has failed."""
+        if self.failure is not None:
+            exchange.let_go()
             return False
-        piece = works.pop(0)
-        for peer, work in piece:
-            try:
-                with self.stopwatch:
-                    work.wait(deadline)
-            except RuntimeError as error:
-                works.clear()
-                piece.clear()
-                del work
-                self._fail(PeerError(self.rank, step, peer, str(error)), error)
-                return False
+        try:
+            with self.stopwatch:
+                exchange.wait(deadline)
+        except ExchangeError as error:
+            self._fail(PeerError(self.rank, step, error.peer, str(error)), error)
+            return False
         return True
 
     def let_go(self) -> None:
@@ -527,16 +498,6 @@ def own_group(
 
 _Plan = tuple[float, dict[int, float], list[int]]
 _Heard = list[tuple[float, Tensor]]  # of each other, its weight and its message, or a piece of it
-_Works = list[list[tuple[int | None, dist.Work]]]  # of each piece: whom with, and the work
-
-
-def _pieces(messages: Mapping[int, Tensor], size: int | None) -> list[list[tuple[int, Tensor]]]:
-    """Of each piece, so many elements of a message or all: whom with, and the part, for each."""
-    parts = [
-        [(peer, part) for part in (message.split(size) if size else [message])]
-        for peer, message in messages.items()
-    ]
-    return [list(piece) for piece in zip(*parts, strict=True)]
 
 
 def _exchange_plan(matrix: csr_array, rank: int) -> _Plan:

@@ -53,7 +53,8 @@ def mixed(comm, x, step):
 
 def mix_on_peer(rank, n, piece):
     """Two steps of every case and dtype, and a mean, as this rank sees them."""
-    with mock.patch.object(own_door, "PIECE_BYTES", piece):
+    ahead = own_door.PIECES_AHEAD if rank else 1  # each end has its own
+    with mock.patch.multiple(own_door, PIECE_BYTES=piece, PIECES_AHEAD=ahead):
         return mix_every_case(rank, n)
 
 
