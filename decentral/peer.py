@@ -1,7 +1,7 @@
 """One worker's door to the network, over torch.distributed: the other side of comm.py."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -23,12 +23,16 @@ from decentral.comm import (
     nbytes,
 )
 from decentral.errors import StepError
+from decentral.exchange import Exchange, ExchangeError, pieces_of
 from decentral.mixing import Mixing
 from decentral.stopwatch import Stopwatch, timed
 
-# Exchanges that have begun and that nobody has waited for. Kept, for gloo drops a message whose
-# tensor is gone, and the receiver would take the next one for it.
-_under_way: set[Callable[[], bool]] = set()
+# What is averaged in place goes over the wire in pieces, and each is added up while the next ones
+# travel: so large that their number costs little, measured with benchmarks/exchange.py.
+PIECE_BYTES = 2**20
+
+# How many of them may be on their way to each neighbour, where the worker waits for the exchange.
+PIECES_AHEAD = 2
 
 
 class PeerError(StepError):
@@ -102,11 +106,8 @@ class PeerComm:
     and from then on the worker is alone. W is I and every mean its own value, so that a step which
     has begun ends as one without averaging.
 
-    Receives are posted before sends: between two ranks gloo announces a receive in the queue of
-    what it sends, so behind a large message the two directions would go one after the other.
-
     What is started goes on by itself while the worker computes: in a thread of gloo's, or in
-    a stream of NCCL's. What comes is added up where it is waited for.
+    a stream of NCCL's. What comes is added up where it is waited for, on CPUs piece by piece.
 
     Where tensors are on a GPU and the backend is gloo, what is sent and received is
     staged in pinned host memory. To mix in place takes the memory of one message for each neighbour
@@ -151,65 +152,102 @@ class PeerComm:
         return self.start_mix(message, step, decode)()
 
     def start_mix(self, message: Tensor, step: int, decode: Decode = as_it_is) -> Pending:
-        exchanged = self._start_messages(message, step)
+        own_weight, arriving = self._start_messages(message, step)
 
         def finish() -> Tensor:
             own = decode(message)
             dtype = accumulation_dtype(own.dtype)
-            heard = exchanged()
-            if heard is None:
+            heard = self._all(arriving)
+            if not heard:
                 return own.to(dtype, copy=True)
-            own_weight, others = heard
             mixed = own.to(dtype) * own_weight
-            for weight, theirs in others:
+            for weight, theirs in heard[0]:
                 mixed.add_(decode(self._arrived(theirs)), alpha=weight)
             return mixed
 
         return finish
 
     def mix_(self, x: Tensor, step: int) -> None:
-        self.start_mix_(x, step)(x)
+        self._start_mix_(x, step, PIECES_AHEAD)(x)
 
     def start_mix_(self, x: Tensor, step: int) -> Finish:
-        exchanged = self._start_messages(x, step)
+        return self._start_mix_(x, step, None)
+
+    def _start_mix_(self, x: Tensor, step: int, ahead: int | None) -> Finish:
+        size = PIECE_BYTES // x.element_size() if self._host else len(x)
+        own_weight, arriving = self._start_messages(x, step, size, ahead)
 
         def finish(own: Tensor) -> None:
-            heard = exchanged()
-            if heard is None:
-                return
-            own_weight, others = heard
-            mixed = own.to(accumulation_dtype(x.dtype))  # `own` itself where that is its dtype
-            if own is x:
-                mixed.mul_(own_weight)
-            else:
-                mixed.add_(x, alpha=own_weight - 1)
-            for weight, theirs in others:
-                mixed.add_(self._arrived(theirs), alpha=weight)
-            if mixed.dtype != own.dtype:
-                own.copy_(mixed)
+            parts = list(zip(own.split(size), x.split(size), strict=True))
+            kept: list[Tensor] = []  # what parts were that are mixed
+            try:
+                heard = self._all(arriving) if self._on_gpu else arriving
+                for number, others in enumerate(heard):
+                    part, sent = parts[number]
+                    if not self._on_gpu and number < len(parts) - 1:  # the next may yet fail
+                        kept.append(self._keep(part, others))
+                    self._mix_part(part, None if own is x else sent, own_weight, others)
+            finally:
+                if self.failure is not None:
+                    for (part, _), before in zip(parts, kept, strict=False):
+                        part.copy_(before)
 
         return finish
 
-    def _start_messages(self, message: Tensor, step: int) -> "Callable[[], _Heard | None]":
-        """Begin to send a message along W(step), and to receive the others'.
+    def _mix_part(
+        self, own: Tensor, sent: Tensor | None, own_weight: float, others: "_Heard"
+    ) -> None:
+        """A part of `own` in place, of which `sent` went out, None where that is `own`."""
+        mixed = own.to(accumulation_dtype(own.dtype))  # `own` itself where that is its dtype
+        if sent is None:
+            mixed.mul_(own_weight)
+        else:
+            mixed.add_(sent, alpha=own_weight - 1)
+        for weight, theirs in others:
+            mixed.add_(self._arrived(theirs), alpha=weight)
+        if mixed.dtype != own.dtype:
+            own.copy_(mixed)
 
-        What it returns waits for them, and gives None if that failed; what was heard is good until
-        the next exchange begins.
+    def _keep(self, part: Tensor, others: "_Heard") -> Tensor:
+        """What a part is, in the place of what the first of `others` sent, which moves."""
+        if not others:
+            return part.clone()
+        weight, place = others[0]
+        moved = self._buffer(place.shape, place.dtype)
+        others[0] = weight, moved.copy_(place)
+        self._give_back(moved)  # good until the next part's
+        return place.copy_(part)
+
+    def _all(self, arriving: "Iterator[_Heard]") -> "list[_Heard]":
+        """All pieces of an exchange, or none if it fails."""
+        heard = list(arriving)
+        return heard if self.failure is None else []
+
+    def _start_messages(
+        self, message: Tensor, step: int, size: int | None = None, ahead: int | None = None
+    ) -> "tuple[float, Iterator[_Heard]]":
+        """Begin to send a message along W(step), and to receive the others', as an Exchange does.
+
+        The worker's own weight; and, piece by piece as they come, each other's weight and its
+        piece: none any more once the exchange failed. What was heard is good until the next
+        exchange begins.
         """
         own_weight, heard, hearers = self._plan(step)
         sent = self._outgoing(message)
         received = {peer: self._incoming(sent) for peer in heard}
-        arrived = self._begin(dict.fromkeys(hearers, sent), received, step)
+        arrivals = self._begin(dict.fromkeys(hearers, sent), received, step, size, ahead)
+        pieces = pieces_of(received, size)
 
-        def finish() -> _Heard | None:
-            if not arrived():
-                return None
+        def arriving() -> Iterator[_Heard]:
+            for number, went_well in enumerate(arrivals):
+                if not went_well:
+                    return
+                yield [(heard[peer], part) for peer, part in pieces[number]] if pieces else []
             self._give_back(*received.values(), *([sent] if self._stages else []))
             self.bytes_sent += len(hearers) * nbytes(message)
             self.events.append(Event("neighbours", step, nbytes(message)))
-            return own_weight, [(heard[peer], theirs) for peer, theirs in received.items()]
 
-        return finish
+        return own_weight, arriving()
 
     def mean(self, x: Tensor, step: int, counted: bool = True) -> Tensor:
         return self.start_mean(x, step, counted)()
@@ -254,7 +292,7 @@ class PeerComm:
         """What `peer` sends while x goes to it, like x; not counted, and good until the next."""
         own = self._outgoing(x)
         theirs = self._incoming(own)
-        if not self._begin({peer: own}, {peer: theirs}, step)():
+        if not all(self._begin({peer: own}, {peer: theirs}, step)):
             return x
         self._give_back(theirs, *([own] if self._stages else []))
         return self._arrived(theirs)
@@ -269,7 +307,7 @@ class PeerComm:
         sent = self._outgoing(messages.contiguous())
         received = self._incoming(sent)
         out, into = (dict(zip(self._neighbours, rows, strict=True)) for rows in (sent, received))
-        if not self._begin(out, into, step)():
+        if not all(self._begin(out, into, step)):
             return messages
         self.bytes_sent += nbytes(messages)
         self.events.append(Event("neighbours", step, nbytes(messages[:1])))
@@ -348,67 +386,48 @@ class PeerComm:
 
     @timed
     def _begin(
-        self, out: Mapping[int, Tensor], into: Mapping[int, Tensor], step: int
-    ) -> Callable[[], bool | None]:
-        """Send and receive at once, a message for, or from, each peer.
+        self,
+        out: Mapping[int, Tensor],
+        into: Mapping[int, Tensor],
+        step: int,
+        size: int | None = None,
+        ahead: int | None = None,
+    ) -> Iterator[bool]:
+        """Begin an Exchange, of which the arguments are.
 
-        What it returns waits for all: it is true if that went well, and not if it failed, or was
-        not tried after an earlier failure.
+        What it returns waits for the next piece: true if that went well; false, and no more, if it
+        failed, or was not tried after an earlier failure.
         """
         if self.failure is not None:
-            return _not_tried
+            return iter([False])
         deadline = self.patience.deadline()
-        # Receives first: gloo tells the other end of a receive in one queue with what it sends, and
-        # behind a large message the two directions would go one after the other.
-        calls = [(dist.irecv, *one) for one in into.items()]
-        calls += [(dist.isend, *one) for one in out.items()]
-        works: list[tuple[int | None, dist.Work]] = []
-        peer = None
         try:
-            if not self._host:  # NCCL may have one work for all of them
-                together = [dist.P2POp(call, message, to) for call, to, message in calls]
-                batch = dist.batch_isend_irecv(together) if together else []
-                works = [(None, work) for work in batch]
-            else:
-                for call, peer, message in calls:
-                    work = call(message, peer)
-                    assert work is not None, "this worker is in the group"
-                    works.append((peer, work))
-        except RuntimeError as error:
-            self._fail(PeerError(self.rank, step, peer, str(error)), error)
-            return _not_tried
+            exchange = Exchange(out, into, size, ahead, together=not self._host)
+        except ExchangeError as error:
+            self._fail(PeerError(self.rank, step, error.peer, str(error)), error)
+            return iter([False])
+        return self._arrivals(exchange, deadline, step)
 
-        def wait() -> bool:
-            _under_way.discard(wait)
-            try:
-                return self._went_well(works, deadline, step)
-            finally:
-                works.clear()
-
-        _under_way.add(wait)
-        return wait
-
-    def _went_well(
-        self, works: list[tuple[int | None, dist.Work]], deadline: timedelta, step: int
-    ) -> bool:
-        """Wait for exchanges with peers; False if one failed, or another one had.
-
-        Who holds a work holds a connection, which must close at once after a failure: so none is
-        left in a frame of the error's traceback.
-        """
-        if self.failure is not None:  # of another exchange that was under way
-            return False
+    def _arrivals(self, exchange: Exchange, deadline: timedelta, step: int) -> Iterator[bool]:
         self.patience.wait()
-        for peer, work in works:
-            try:
-                with self.stopwatch:
-                    work.wait(deadline)
-            except RuntimeError as error:
-                works.clear()
-                del work
-                self._fail(PeerError(self.rank, step, peer, str(error)), error)
-                return False
+        for _ in range(exchange.pieces):
+            went_well = self._went_well(exchange, deadline, step)
+            yield went_well
+            if not went_well:
+                return
         self.patience.over()
+
+    def _went_well(self, exchange: Exchange, deadline: timedelta, step: int) -> bool:
+        """Wait for a piece; not, where another exchange that was under way has failed."""
+        if self.failure is not None:
+            exchange.let_go()
+            return False
+        try:
+            with self.stopwatch:
+                exchange.wait(deadline)
+        except ExchangeError as error:
+            self._fail(PeerError(self.rank, step, error.peer, str(error)), error)
+            return False
         return True
 
     def let_go(self) -> None:
@@ -478,7 +497,7 @@ def own_group(
 
 
 _Plan = tuple[float, dict[int, float], list[int]]
-_Heard = tuple[float, list[tuple[float, Tensor]]]  # own weight; weight and message of each other
+_Heard = list[tuple[float, Tensor]]  # of each other, its weight and its message, or a piece of it
 
 
 def _exchange_plan(matrix: csr_array, rank: int) -> _Plan:

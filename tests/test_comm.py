@@ -1,17 +1,21 @@
 """Both sides of the door to the network do the same mixing, and count the same bytes."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from processes import run_on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from decentral import comm as door
+from decentral import peer as own_door
 from decentral import topology as topologies
 from decentral.comm import StackedComm, all_reduce_bytes
 from decentral.mixing import Mixing
-from decentral.peer import PeerComm
+from decentral.peer import Patience, PeerComm
 from decentral.replica import squared_distance
 
 CASES = [
@@ -47,8 +51,14 @@ def mixed(comm, x, step):
     return changed - 1
 
 
-def mix_on_peer(rank, n):
+def mix_on_peer(rank, n, piece):
     """Two steps of every case and dtype, and a mean, as this rank sees them."""
+    ahead = own_door.PIECES_AHEAD if rank else 1  # each end has its own
+    with mock.patch.multiple(own_door, PIECE_BYTES=piece, PIECES_AHEAD=ahead):
+        return mix_every_case(rank, n)
+
+
+def mix_every_case(rank, n):
     seen = {}
     for name, options in CASES:
         for dtype in DTYPES:
@@ -70,9 +80,9 @@ def mix_on_peer(rank, n):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [1, 2, 5])
-def test_stacked_and_peer_mixing_agree(n):
-    seen = run_on_ranks(n, mix_on_peer, n)
+@pytest.mark.parametrize(("n", "piece"), [(1, 24), (2, own_door.PIECE_BYTES), (5, 24)])
+def test_stacked_and_peer_mixing_agree(n, piece):
+    seen = run_on_ranks(n, mix_on_peer, n, piece)
     for name, options in CASES:
         topology = topologies.build(n, name, **options)
         for dtype in DTYPES:
@@ -90,6 +100,39 @@ def test_stacked_and_peer_mixing_agree(n):
                 np.testing.assert_allclose(peer_both, both.double(), atol=tolerance)
                 assert events == comm.events
             assert sum(seen[rank][name, str(dtype)][2] for rank in range(n)) == comm.bytes_sent
+
+
+def mix_with_one_that_leaves(rank):
+    """On a path, in pieces of 3 elements of 7: worker 1 trades two of the three, and no more.
+
+    What a worker thinks of it, and how far off what it held before it ends.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    if rank == 1:
+        part = torch.ones(3, dtype=torch.float64)
+        calls = [dist.irecv, dist.irecv, dist.isend, dist.isend]
+        works = [call(part.clone(), other) for other in (0, 2) for call in calls]
+        for work in works:
+            assert work is not None
+            work.wait()
+        store.wait(["gone on 0", "gone on 2"])
+        return None
+    comm = PeerComm(Mixing(topologies.build(3, "path")), patience=Patience(1.0, 1.0))
+    comm.carries_on = True
+    x = start(3, torch.float64)[rank]
+    own = x if rank == 0 else x + 1
+    before = own.clone()
+    with mock.patch.object(own_door, "PIECE_BYTES", 24):
+        comm.start_mix_(x, 0)(own)
+    store.set(f"gone on {rank}", "")
+    assert comm.failure is not None
+    return comm.failure.peer, comm.bytes_sent, float((own - before).abs().max())
+
+
+@pytest.mark.slow
+def test_a_failure_among_the_last_pieces_leaves_nothing_mixed():
+    ends = run_on_ranks(3, mix_with_one_that_leaves)
+    assert ends == [(1, 0, 0.0), None, (1, 0, 0.0)]
 
 
 @pytest.mark.parametrize("name", ["ring", "exponential", "one_peer_exponential"])
