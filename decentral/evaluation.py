@@ -4,7 +4,7 @@ It runs in the run's dtype, whatever the training's autocast. `averaged_buffers`
 averaged parameters where a model is evaluated or saved.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,11 @@ from decentral.tasks import Task, fetch, length
 BATCH = 512  # samples a pass, at least
 RECALIBRATION = (8, 256)  # batches and samples a batch, at most, for BatchNorm's statistics
 _STREAM = int.from_bytes(b"recalibr", "little")
-PASS = 32_768  # models x samples a pass, about: it bounds the memory of activations
+# Models x samples a pass: about so much memory of activations, and no fewer or more than these.
+PASS_BYTES = 2**25
+LEAST, MOST = 2**15, 2**18
+
+Figure = Callable[[Tensor, Tensor], Tensor]  # of output and target, a mean over samples, []
 
 
 @dataclass(frozen=True)
@@ -57,59 +61,72 @@ def averaged_figures(
 def evaluate(
     model: FlatModel, task: Task, x: Tensor, buffers: Tensor, held_out: Tensor | None = None
 ) -> Evaluation:
-    """Evaluate one model, x [D] and buffers [B]; see `evaluate_each`."""
-    losses, accuracies = evaluate_each(model, task, x.unsqueeze(0), buffers.unsqueeze(0), held_out)
-    return Evaluation(losses[0].item(), None if accuracies is None else accuracies[0].item())
-
-
-def evaluate_each(
-    model: FlatModel, task: Task, x: Tensor, buffers: Tensor, held_out: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Losses and accuracies, [m] in float64, of m models: x [m, D] and buffers [m, B].
+    """Evaluate one model, x [D] and buffers [B].
 
     On the test set, or on the training samples of the indices `held_out` [v].
     """
+    figures = [task.loss] if task.accuracy is None else [task.loss, task.accuracy]
+    found = _means(model, task, x.unsqueeze(0), buffers.unsqueeze(0), figures, held_out)
+    loss, *accuracy = found[:, 0].tolist()
+    return Evaluation(loss, accuracy[0] if accuracy else None)
+
+
+def accuracies(model: FlatModel, task: Task, x: Tensor, buffers: Tensor) -> Tensor:
+    """Of m models, x [m, D] and buffers [m, B], on the test set: [m] in float64."""
+    assert task.accuracy is not None, "a task without one has nothing to say here"
+    return _means(model, task, x, buffers, [task.accuracy])[0]
+
+
+def _means(
+    model: FlatModel,
+    task: Task,
+    x: Tensor,
+    buffers: Tensor,
+    figures: Sequence[Figure],
+    held_out: Tensor | None = None,
+) -> Tensor:
+    """Each figure of each of m models, its mean over the samples: [figures, m] in float64."""
     data = task.test if held_out is None else task.train
     assert data is not None, "a task without a test set has nothing to evaluate"
     samples = torch.arange(length(data)) if held_out is None else held_out
-    size = len(samples)
     models = len(x) if model.takes_vmap else 1
-    batch = max(BATCH, PASS // models)
-    sums = torch.zeros(2, len(x), dtype=torch.float64, device=x.device)  # of loss, of accuracy
+    at_once = LEAST
+    if model.sample_bytes:
+        at_once = min(MOST, max(LEAST, PASS_BYTES // model.sample_bytes))
+    batch = max(BATCH, at_once // models)
+    every = torch.arange(len(x), device=x.device)
+    sums = torch.zeros(len(figures), len(x), dtype=torch.float64, device=x.device)
     model.module.eval()
     try:
         for indices in samples.split(batch):
             *inputs, target = model.cast(fetch(data, indices))
-            for rows in torch.arange(len(x), device=x.device).split(max(1, PASS // len(indices))):
-                figures = _figures(model, task, x[rows], buffers[rows], inputs, target)
-                sums[: len(figures), rows] += figures.to(sums) * len(indices)
+            for rows in every.split(max(1, at_once // len(indices))):
+                found = _figures(model, figures, x[rows], buffers[rows], inputs, target)
+                sums[:, rows] += found.to(sums) * len(indices)
     finally:
         model.module.train()
-    losses, right = sums.cpu() / size
-    return losses, None if task.accuracy is None else right
+    return sums.cpu() / len(samples)
 
 
 def _figures(
     model: FlatModel,
-    task: Task,
+    figures: Sequence[Figure],
     x: Tensor,
     buffers: Tensor,
     inputs: list[Tensor],
     target: Tensor,
 ) -> Tensor:
-    """Loss, and accuracy where there is one, of each model on the same samples: [1 or 2, m]."""
+    """Each figure of each model on the same samples: [figures, m]."""
 
-    def figures(x: Tensor, buffers: Tensor) -> Tensor:
+    def of(x: Tensor, buffers: Tensor) -> Tensor:
         output = model(model.parameters.views(x), model.buffers.views(buffers), inputs)
-        values = [task.loss(output, target)]
-        if task.accuracy is not None:
-            values.append(task.accuracy(output, target))
+        values = [figure(output, target) for figure in figures]
         return torch.stack([value.to(accumulation_dtype(x.dtype)) for value in values])
 
     with torch.no_grad():
         if model.takes_vmap and len(x) > 1:
-            return vmap(figures, out_dims=1, randomness="different")(x, buffers)
-        return torch.stack([figures(*row) for row in zip(x, buffers, strict=True)], dim=1)
+            return vmap(of, out_dims=1, randomness="different")(x, buffers)
+        return torch.stack([of(*row) for row in zip(x, buffers, strict=True)], dim=1)
 
 
 def averaged_buffers(model: FlatModel, experiment: Experiment, x: Tensor, mean: Tensor) -> Tensor:

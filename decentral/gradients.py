@@ -82,7 +82,8 @@ class FlatModel:
         self.dtype = dtype
         self.device = device
         self.takes_vmap: bool | None = None  # until somebody has tried
-        self.pass_bytes = 0  # what a stacked worker's pass keeps; known where vmap was tried
+        # What a stacked worker's pass keeps, and for each sample; known where vmap was tried.
+        self.pass_bytes = self.sample_bytes = 0
         trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         floating = {name: b for name, b in module.named_buffers() if b.is_floating_point()}
         self.parameters = Layout(trainable)
@@ -398,6 +399,7 @@ class StackedGradient:
             return False
         del loss
         self._model.pass_bytes = sum(kept.values()) + self.value[0].nbytes  # which copies gradients
+        self._model.sample_bytes = math.ceil(sum(kept.values()) / len(batch[0][0]))
         return True
 
 

@@ -1,5 +1,7 @@
 """BatchNorm's statistics: averaged with the model, each worker's own, or taken anew."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from decentral.engines.sim import Simulator
 from decentral.evaluation import recalibrated, recalibration_batches
 from decentral.experiment import build
 from decentral.gradients import FlatModel
-from decentral.tasks import Task
+from decentral.tasks import Task, fetch, length
 
 N, SAMPLES, D = 3, 60, 6 * 5 + 5 + 5 + 5 + 5 * 3 + 3 + 3 + 3
 
@@ -161,3 +163,28 @@ def test_without_batch_norm_recalibrate_is_local():
 def test_a_wrong_value_of_buffers_is_refused(config):
     with pytest.raises(decentral.UserError, match=r"buffers: .*average.*local.*recalibrate"):
         decentral.run(config | {"buffers": "mine"})
+
+
+@pytest.mark.parametrize("at_once", [1, 100])
+def test_models_are_evaluated_each_on_every_sample_in_any_passes(quick, monkeypatch, at_once):
+    """Against a plain loop: a model alone, or two, and 37 of the 360 samples a pass."""
+    experiment = build(load(quick))
+    task, flat = experiment.task, FlatModel(copy.deepcopy(experiment.task.model), torch.float64)
+    for name, value in {"LEAST": at_once, "MOST": at_once, "BATCH": 37}.items():
+        monkeypatch.setattr(evaluation, name, value)
+    x = torch.randn(5, len(flat.x), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    buffers = flat.b.repeat(5, 1)
+    assert task.test is not None
+    inputs, target = fetch(task.test, torch.arange(length(task.test)))
+    flat.takes_vmap, flat.sample_bytes = True, 1
+    found = evaluation.accuracies(flat, task, x, buffers)
+    for row in range(5):
+        state = flat.state_dict(x[row], buffers[row], {})
+        flat.module.load_state_dict(state)
+        with torch.no_grad():
+            output = flat.module(inputs.double())
+        right = (output.argmax(1) == target).double().mean().item()
+        assert found[row].item() == pytest.approx(right, abs=1e-6)
+        one = evaluation.evaluate(flat, task, x[row], buffers[row])
+        assert one.accuracy == pytest.approx(found[row].item(), abs=1e-6)
+        assert one.loss == pytest.approx(task.loss(output, target).item(), rel=1e-12)

@@ -84,10 +84,13 @@ WHOLE = [
 
 
 @pytest.mark.parametrize(("algorithm", "topology", "workers"), WHOLE)
-def test_engines_agree_over_the_whole_run(cluster, algorithm, topology, workers):
+def test_engines_agree_over_a_whole_run(cluster, algorithm, topology, workers):
     chosen = TOPOLOGIES[topology]
     overrides = {
         "workers": workers,
+        "steps": 160,
+        "lr_schedule.milestones": [80],
+        "record.evaluate_every": 40,
         "algorithm": {"name": algorithm, **ALGORITHMS[algorithm]},
         "topology": chosen.get(workers, chosen),
         "dtype": "float64",

@@ -259,7 +259,9 @@ def test_a_host_that_is_cut_off_during_a_run_is_named(over_four, by_hand):
     assert int(seconds) < 90  # 10 s until its neighbours miss it, and 30 for it to answer
     address = made.hosts.addresses[3]
     (error,) = [line for line in printed.splitlines() if line.startswith("error:")]
-    assert re.search(rf"worker \d+ \(process \d+ on node {address}\) .* at step \d+", error)
+    # At a step, or between two segments.
+    named = rf"worker \d+ \(process \d+ on node {address}\) .*; stopped after \d+ steps"
+    assert re.search(named, error)
     wrong = diagnosis(made, timeout_s=30)["wrong"]
     assert address in [finding["where"] for finding in wrong]
 

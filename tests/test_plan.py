@@ -208,7 +208,7 @@ def test_a_run_takes_the_time_and_sends_the_bytes_of_its_estimate(candidate, fil
         {
             "workers": n,
             "steps": 4 * steps,
-            "task": {"name": "quadratic", "dim": dim, "samples_per_worker": 1},
+            "task": {"name": "quadratic", "dim": dim, "samples_per_worker": 1, "batch_size": 1},
             "optimizer": {"name": "sgd", "lr": 0.1},
             "dtype": "float64",
             "network": cluster.section,

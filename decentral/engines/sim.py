@@ -11,7 +11,7 @@ from torch import Tensor
 from decentral.asynchronous import AsynchronousRule, StackedReplicas
 from decentral.comm import StackedComm, consecutive_groups
 from decentral.diagnostics.figures import diagnostics_of
-from decentral.evaluation import averaged_buffers, averaged_figures, evaluate_each
+from decentral.evaluation import accuracies, averaged_buffers, averaged_figures
 from decentral.experiment import Experiment
 from decentral.gradients import FlatModel, StackedGradient
 from decentral.replica import Replica, Report, Segment, rows_of
@@ -106,8 +106,7 @@ class Simulator:
         task = self._experiment.task
         values = averaged_figures(self._model, self._experiment, *self._mean())
         if task.test is not None and task.accuracy is not None:
-            each = evaluate_each(self._model, task, self.replica.x, self.replica.buffers)[1]
-            assert each is not None
+            each = accuracies(self._model, task, self.replica.x, self.replica.buffers)
             values["eval_accuracy_workers"] = each.mean().item()
         return values
 
