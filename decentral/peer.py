@@ -111,7 +111,7 @@ class PeerComm:
 
     Where tensors are on a GPU and the backend is gloo, what is sent and received is
     staged in pinned host memory. To mix in place takes the memory of one message for each neighbour
-    that is heard, and no more.
+    that is heard, and of a piece.
 
     `own_group` averages by itself, where the method has such groups. What does not come at a step
     is not sent either: both ends know it from `mixing`. device: where the tensors are; `stopwatch`
