@@ -357,7 +357,7 @@ class PeerComm:
             assert everyone is not None, "the worker has joined"
             works = [everyone.allreduce([total], options)]
         except RuntimeError as error:
-            self._fail(PeerError(self.rank, step, None, str(error)), error)
+            self._fail(step, None, error)
             return _not_tried
         size, rank = (self.n, self.rank) if group is None else (group.size(), group.rank())
 
@@ -367,9 +367,9 @@ class PeerComm:
             self.patience.wait()
             try:
                 with self.stopwatch:
-                    works.pop().wait()  # and let go of, see `_went_well`
+                    works.pop().wait()  # and let go of, see Exchange.let_go
             except RuntimeError as error:
-                self._fail(PeerError(self.rank, step, None, str(error)), error)
+                self._fail(step, None, error)
                 return None
             self.patience.over()
             if counted:
@@ -404,7 +404,7 @@ class PeerComm:
         try:
             exchange = Exchange(out, into, size, ahead, together=not self._host)
         except ExchangeError as error:
-            self._fail(PeerError(self.rank, step, error.peer, str(error)), error)
+            self._fail(step, error.peer, error)
             return iter([False])
         return self._arrivals(exchange, deadline, step)
 
@@ -426,7 +426,7 @@ class PeerComm:
             with self.stopwatch:
                 exchange.wait(deadline)
         except ExchangeError as error:
-            self._fail(PeerError(self.rank, step, error.peer, str(error)), error)
+            self._fail(step, error.peer, error)
             return False
         return True
 
@@ -434,10 +434,10 @@ class PeerComm:
         """Drop the process groups, whose connections close only once nobody holds them."""
         self._own_group = None
 
-    def _fail(self, failure: PeerError, cause: Exception) -> None:
-        self.failure = failure
+    def _fail(self, step: int, peer: int | None, cause: Exception) -> None:
+        self.failure = PeerError(self.rank, step, peer, str(cause))
         if not self.carries_on:
-            raise failure from cause
+            raise self.failure from cause
 
     @property
     def _stages(self) -> bool:
