@@ -32,7 +32,7 @@ from decentral.stopwatch import Stopwatch, timed
 PIECE_BYTES = 2**20
 
 # How many of them may be on their way to each neighbour, where the worker waits for the exchange.
-PIECES_AHEAD = 3
+PIECES_AHEAD = 2
 
 
 class PeerError(StepError):
