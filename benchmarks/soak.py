@@ -260,7 +260,7 @@ def actors() -> list[int]:
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::_Actor"):
+            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::Actor"):
                 found.append(process.pid)
         except psutil.Error:
             continue

@@ -89,11 +89,14 @@ def main(
 
 def measure(workers: int, segments: int, lengths: list[int]) -> dict[str, Any]:
     """Of one run, in a process that has done nothing else."""
-    from decentral.config import load
-    from decentral.coordinator import Coordinator
-    from decentral.engines import ray as ray_engine
-    from decentral.experiment import build
-    from decentral.replica import Averaging, Segment
+    from decentral.imports import uncollected
+
+    with uncollected():
+        from decentral.config import load
+        from decentral.coordinator import Coordinator
+        from decentral.engines import ray as ray_engine
+        from decentral.experiment import build
+        from decentral.replica import Averaging, Segment
 
     moments = [psutil.Process().create_time(), time.time()]
     experiment = build(load(CONFIG | {"workers": workers}))
@@ -175,7 +178,7 @@ def processor_s() -> dict[str, float]:
     found = {"driver": sum(own.cpu_times()[:2]), "workers": 0.0, "ray": 0.0}
     for process in own.children(recursive=True):
         try:
-            kind = "workers" if process.cmdline()[0].startswith("ray::_Actor") else "ray"
+            kind = "workers" if process.cmdline()[0].startswith("ray::Actor") else "ray"
             found[kind] += sum(process.cpu_times()[:2])
         except (psutil.Error, IndexError):
             continue  # over, or about to be

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from decentral.errors import UserError, WorkerError
+from decentral.imports import uncollected
 from decentral.progress import Terminal
 
 if TYPE_CHECKING:
@@ -56,7 +57,10 @@ def run(
     ] = None,
 ) -> None:
     """Run one experiment and record it."""
-    from decentral.config import load, parse_overrides  # torch is slow: not for --help
+    with uncollected():  # torch is slow: not for --help
+        from decentral.api import execute
+        from decentral.api import resume as go_on
+        from decentral.config import load, parse_overrides
 
     words = words or []
     config = words.pop(0) if words and "=" not in words[0] else None
@@ -68,15 +72,11 @@ def run(
     if resume is not None:
         if config is not None or out is not None:
             raise UserError("names the run: leave CONFIG and --out out", "--resume")
-        from decentral.api import resume as go_on
-
         result = go_on(resume, watcher=watcher, **changes)
     else:
         if config is None:
             raise UserError("name a config, for example: decentral run configs/quickstart.yaml")
         checked = load(config, changes)
-        from decentral.api import execute
-
         out = out or Path("runs") / f"{checked.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         result = execute(checked, out, watcher)
     console.print(_summary_table(result.summary))
@@ -114,7 +114,9 @@ def compare(
 
     The same command goes on with a sweep that was stopped. Exit code 1 if points have failed.
     """
-    from decentral.config import parse_overrides
+    with uncollected():
+        from decentral.config import parse_overrides
+        from decentral.sweep import driver, show
 
     words = words or []
     config = words.pop(0) if words and "=" not in words[0] else None
@@ -133,8 +135,6 @@ def compare(
     if ray is not None:
         changes |= {"compare.on": "ray", "ray.address": None if ray == "local" else ray}
     sys.path.insert(0, "")  # a user's own task is looked up in the working directory
-    from decentral.sweep import driver, show
-
     assert config is not None
     try:
         comparison = driver.compare(config, out=out, observer=show.Terminal(console), **changes)

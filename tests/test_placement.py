@@ -14,10 +14,11 @@ from scipy.sparse import csr_array
 
 import decentral
 from decentral import topology as topologies
+from decentral.actor import Actor
 from decentral.algorithms import PRESETS
 from decentral.config import load
 from decentral.coordinator import Coordinator
-from decentral.engines.ray import RayEngine, _Actor
+from decentral.engines.ray import RayEngine
 from decentral.experiment import build
 from decentral.placement import between, crossing, order, place, ranks, stated, traffic
 
@@ -184,7 +185,7 @@ def test_a_placement_that_is_none_is_refused():
 def scattered(shared_cluster):
     """Six actors, by turns on three made-up nodes."""
 
-    class Elsewhere(_Actor):
+    class Elsewhere(Actor):
         """An actor of this machine that says that it is on another."""
 
         def __init__(self, node):

@@ -1,7 +1,8 @@
 """The Ray engine: one actor a worker, on a local cluster of its own or one that it joins.
 
 Ray starts the workers and carries the coordinator's calls; tensors go from worker to worker
-through torch.distributed. Ray is imported here, and for its metrics in loggers/ray.py, alone.
+through torch.distributed. Ray is imported here, in actor.py, and for its metrics in
+loggers/ray.py, alone.
 """
 
 import logging
@@ -23,16 +24,15 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from torch import Tensor
 
 from decentral import placement
+from decentral.actor import Actor
 from decentral.config import Config, RayConfig
 from decentral.engines import Interrupted
-from decentral.engines.worker import Group, Outcome, Surroundings, Worker
+from decentral.engines.worker import Group, Surroundings, Worker
 from decentral.errors import StepError, UserError, WorkerError
 from decentral.experiment import Experiment
-from decentral.loggers.ray import WorkerGauges
 from decentral.peer import PeerError
 from decentral.replica import Averaging, Report, Segment
 from decentral.storage import Storage, StorageError, Written, all_written
-from decentral.topology import Topology
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -494,32 +494,6 @@ def _unreached(worker: Worker, address: str, name: str) -> str | None:
         return str(error)
 
 
-class _Actor(Worker):
-    """A Worker that knows where Ray put it."""
-
-    def take(self, number: int, shared: tuple[Config, Topology | None, Surroundings]) -> None:
-        config, topology, surroundings = shared
-        device = "cuda" if ray.get_gpu_ids() else "cpu"
-        self.build(config, topology, number, surroundings, device)
-        shown = any(logger.name == "ray" for logger in config.loggers)
-        self._gauges = WorkerGauges(config.name, number) if shown else None
-
-    def run(self, segment: Segment) -> Outcome:
-        started = time.perf_counter()
-        outcome = super().run(segment)
-        if self._gauges is not None:
-            self._gauges.show(segment, outcome.report, time.perf_counter() - started)
-        return outcome
-
-    def node(self) -> tuple[str, int]:
-        """Address of the Ray node, and process id."""
-        return ray.util.get_node_ip_address(), os.getpid()
-
-    def ask(self, function: Callable[..., T], *arguments: Any) -> T:
-        """What the function returns of this worker."""
-        return function(self, *arguments)
-
-
 def _fitting(config: Config) -> int:
     """How many workers to start with: all, or, of an elastic run, those that there is room for.
 
@@ -549,7 +523,7 @@ def start_actors(config: RayConfig, workers: int) -> list[Any]:
 
 def _start_actor(config: RayConfig, on_cpu: bool) -> Any:
     gpus = 0 if on_cpu else config.gpus_per_worker
-    make = ray.remote(_Actor)
+    make = ray.remote(Actor)
     return make.options(num_cpus=config.cpus_per_worker, num_gpus=gpus, max_restarts=0).remote()
 
 
