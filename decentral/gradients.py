@@ -17,12 +17,13 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call, vmap
+from torch.overrides import TorchFunctionMode
 
 from decentral.batches import Batches
 from decentral.comm import accumulation_dtype
@@ -265,7 +266,7 @@ class StackedGradient:
             for name, counter in model.counters().items()
         }
         self._buffers = model.buffers.views(self.buffers) | self.counters
-        self._stacked = vmap(self._loss, randomness="different")
+        self._vmapped = vmap(self._loss, randomness="different")
         if model.takes_vmap is None:
             model.takes_vmap = self._takes_vmap()
             if model.takes_vmap and autocast is not None:
@@ -365,6 +366,12 @@ class StackedGradient:
             loss = self._loss(parameters, buffers, tuple(tensor[0] for tensor in batch))
         return loss.unsqueeze(0)
 
+    def _stacked(
+        self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], batch: tuple[Tensor, ...]
+    ) -> Tensor:
+        with WeightFirst():
+            return self._vmapped(parameters, buffers, batch)
+
     def _loss(
         self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], batch: tuple[Tensor, ...]
     ) -> Tensor:
@@ -401,6 +408,28 @@ class StackedGradient:
         self._model.pass_bytes = sum(kept.values()) + self.value[0].nbytes  # which copies gradients
         self._model.sample_bytes = math.ceil(sum(kept.values()) / len(batch[0][0]))
         return True
+
+
+class WeightFirst(TorchFunctionMode):
+    """Linear layers of stacked workers as (W X' + b)', where torch has X W' + b.
+
+    The gradient of each W then comes as it lies in memory. The other way it comes transposed, and
+    to copy it into the flat buffer takes longer than to compute it.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is nn.functional.linear and not kwargs and args[0].dim() == 2:
+            x, weight, *bias = args
+            if not bias or bias[0] is None:
+                return torch.mm(weight, x.T).T
+            return torch.addmm(bias[0].unsqueeze(1), weight, x.T).T
+        return func(*args, **(kwargs or {}))
 
 
 def workers_at_once(model: FlatModel, n: int) -> int:

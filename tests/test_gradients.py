@@ -1,5 +1,6 @@
 """All workers at once are each worker alone: stacked gradients against the plain backward pass."""
 
+import contextlib
 import logging
 import platform
 import subprocess
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.func import vmap
 
 import decentral
 from decentral.gradients import (
@@ -18,6 +20,7 @@ from decentral.gradients import (
     Layout,
     ModuleGradient,
     StackedGradient,
+    WeightFirst,
     workers_at_once,
 )
 from decentral.tasks import Sampler, Task
@@ -84,12 +87,26 @@ def cumulative_norm():
     return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5, momentum=None), nn.Linear(5, 3))
 
 
+def plain_and_sequence():
+    """Linear layers on vectors and on sequences of them, without biases and with."""
+    return nn.Sequential(
+        nn.Linear(6, 8, bias=False),
+        nn.Unflatten(1, (2, 4)),
+        nn.Linear(4, 3, bias=False),
+        nn.Tanh(),
+        nn.Linear(3, 3),
+        nn.Flatten(),
+        nn.Linear(6, 3),
+    )
+
+
 # name: (model, shape of a sample, whether vmap takes it)
 MODELS = {
     "mlp": (lambda: mlp([6], 3, hidden=[5]), (6,), True),
     "linear": (lambda: mlp([6], 3, hidden=[]), (6,), True),
     "cnn": (lambda: cnn([1, 4, 4], 3, channels=[4]), (1, 4, 4), True),
     "tied and frozen": (Tied, (6,), True),
+    "plain and sequence": (plain_and_sequence, (6,), True),
     "scalar": (Scalar, (6,), True),
     "normed": (normed, (6,), True),
     "normed cnn": (normed_cnn, (1, 4, 5), True),
@@ -154,6 +171,20 @@ def test_stacked_gradients_are_those_of_each_worker(name, workers):
         assert alone.counters.keys() == stacked.counters.keys()
         for counter, value in alone.counters.items():
             assert torch.equal(value, stacked.counters[counter][worker])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_stacked_weights_get_their_gradients_as_they_lie_in_memory(bias):
+    """And not transposed, as torch has them: copying them into the flat buffer takes longer."""
+    x, weight = torch.randn(4, 6, 5), torch.randn(4, 3, 5, requires_grad=True)
+    biases = (torch.randn(4, 3),) if bias else ()
+    strides = {}
+    for name, context in {"torch": contextlib.nullcontext(), "own": WeightFirst()}.items():
+        with context:
+            output = vmap(nn.functional.linear)(x, weight, *biases)
+        (gradient,) = torch.autograd.grad(output.square().sum(), weight)
+        strides[name] = gradient.stride()
+    assert strides == {"torch": (15, 1, 3), "own": (15, 5, 1)}
 
 
 @pytest.mark.parametrize("options", [{}, {"accumulate": 3, "clip_norm": 0.05}])
