@@ -1,6 +1,6 @@
 """One exchange with peers over torch.distributed: messages both ways at once, piece by piece."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -10,7 +10,7 @@ from torch import Tensor
 # is gone, and the receiver would take the next one for it.
 _under_way: set["Exchange"] = set()
 
-Piece = list[tuple[int, Tensor]]  # of all messages one way: the peer, and the part
+Messages = Mapping[int, Sequence[Tensor]]  # of each peer, cut as `pieces_of` does
 
 
 class ExchangeError(Exception):
@@ -22,10 +22,9 @@ class ExchangeError(Exception):
 
 
 class Exchange:
-    """A message for each peer of `out`, and one from each of `into`, all of one length.
+    """A message for each peer of `out`, and one from each of `into`, all in as many pieces.
 
-    They go in `pieces` of `size` elements, or as they are. Whoever has begun waits once for each
-    piece; an ExchangeError ends it.
+    Whoever has begun it waits once for each of its `pieces`; an ExchangeError ends it.
 
     ahead: how many pieces may be on their way out, all by default. With few, none of several peers
     is served long before another, which would leave links idle at the end; but the others leave in
@@ -36,25 +35,23 @@ class Exchange:
 
     def __init__(
         self,
-        out: Mapping[int, Tensor],
-        into: Mapping[int, Tensor],
-        size: int | None = None,
+        out: Messages,
+        into: Messages,
         ahead: int | None = None,
         together: bool = False,
     ):
-        receives, sends = pieces_of(into, size), pieces_of(out, size)
-        self.pieces = len(receives or sends)
+        self.pieces = max((len(parts) for parts in (*out.values(), *into.values())), default=0)
+        self._out, self._sent = out, 0
         # Of each piece that is not yet through: the works, and whom with.
         self._works: list[list[tuple[int | None, dist.Work]]] = [[] for _ in range(self.pieces)]
-        self._unsent = list(zip(self._works, sends, strict=False))
         if together:
-            self._post_together(receives, sends)
+            self._post_together(into)
         else:
             # Receives first: gloo tells the other end of a receive in one queue with what it sends,
             # and behind a large message the two directions would go one after the other.
-            for works, piece in zip(self._works, receives, strict=False):
-                self._post(dist.irecv, piece, works)
-            self._send(len(sends) if ahead is None else ahead)
+            for number, works in enumerate(self._works):
+                self._post(dist.irecv, into, number, works)
+            self._send(self.pieces if ahead is None else ahead)
         _under_way.add(self)
 
     def wait(self, deadline: timedelta) -> None:
@@ -76,36 +73,37 @@ class Exchange:
         must close at once after a failure."""
         _under_way.discard(self)
         self._works.clear()
-        self._unsent.clear()
+        self._sent = self.pieces
 
     def _send(self, pieces: int) -> None:
-        now, self._unsent = self._unsent[:pieces], self._unsent[pieces:]
-        for works, piece in now:
-            self._post(dist.isend, piece, works)
+        first, self._sent = self._sent, min(self.pieces, self._sent + pieces)
+        through = self.pieces - len(self._works)
+        for number in range(first, self._sent):
+            self._post(dist.isend, self._out, number, self._works[number - through])
 
     def _post(
         self,
         call: Callable[[Tensor, int], dist.Work | None],
-        piece: Piece,
+        messages: Messages,
+        number: int,
         works: list[tuple[int | None, dist.Work]],
     ) -> None:
-        for peer, part in piece:
+        for peer, parts in messages.items():
             try:
-                work = call(part, peer)
+                work = call(parts[number], peer)
             except RuntimeError as error:
                 works.clear()
                 raise self._error(peer, error) from error
             assert work is not None, "this worker is in the group"
             works.append((peer, work))
 
-    def _post_together(self, receives: list[Piece], sends: list[Piece]) -> None:
-        self._unsent.clear()
+    def _post_together(self, into: Messages) -> None:
         calls = [
-            dist.P2POp(call, part, peer)
-            for call, pieces in ((dist.irecv, receives), (dist.isend, sends))
-            for piece in pieces
-            for peer, part in piece
+            dist.P2POp(call, parts[0], peer)
+            for call, messages in ((dist.irecv, into), (dist.isend, self._out))
+            for peer, parts in messages.items()
         ]
+        self._sent = self.pieces
         try:
             for work in dist.batch_isend_irecv(calls) if calls else ():
                 self._works[0].append((None, work))
@@ -117,10 +115,6 @@ class Exchange:
         return ExchangeError(peer, str(error))
 
 
-def pieces_of(messages: Mapping[int, Tensor], size: int | None = None) -> list[Piece]:
-    """Messages cut into pieces, so many elements each or whole: of each, all peers' parts."""
-    parts = [
-        [(peer, part) for part in (message.split(size) if size else [message])]
-        for peer, message in messages.items()
-    ]
-    return [list(piece) for piece in zip(*parts, strict=True)]
+def pieces_of(message: Tensor, size: int | None) -> Sequence[Tensor]:
+    """The message in pieces of so many rows each, or whole."""
+    return (message,) if size is None or len(message) <= size else message.split(size)

@@ -1,7 +1,7 @@
 """One worker's door to the network, over torch.distributed: the other side of comm.py."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -23,7 +23,7 @@ from decentral.comm import (
     nbytes,
 )
 from decentral.errors import StepError
-from decentral.exchange import Exchange, ExchangeError, pieces_of
+from decentral.exchange import Exchange, ExchangeError, Messages, pieces_of
 from decentral.mixing import Mixing
 from decentral.stopwatch import Stopwatch, timed
 
@@ -178,7 +178,7 @@ class PeerComm:
         own_weight, arriving = self._start_messages(x, step, size, ahead)
 
         def finish(own: Tensor) -> None:
-            parts = list(zip(own.split(size), x.split(size), strict=True))
+            parts = list(zip(pieces_of(own, size), pieces_of(x, size), strict=True))
             kept: list[Tensor] = []  # what parts were that are mixed
             try:
                 heard = self._all(arriving) if self._on_gpu else arriving
@@ -235,14 +235,15 @@ class PeerComm:
         own_weight, heard, hearers = self._plan(step)
         sent = self._outgoing(message)
         received = {peer: self._incoming(sent) for peer in heard}
-        arrivals = self._begin(dict.fromkeys(hearers, sent), received, step, size, ahead)
-        pieces = pieces_of(received, size)
+        out = dict.fromkeys(hearers, pieces_of(sent, size))
+        into = {peer: pieces_of(buffer, size) for peer, buffer in received.items()}
+        arrivals = self._begin(out, into, step, ahead)
 
         def arriving() -> Iterator[_Heard]:
             for number, went_well in enumerate(arrivals):
                 if not went_well:
                     return
-                yield [(heard[peer], part) for peer, part in pieces[number]] if pieces else []
+                yield [(heard[peer], parts[number]) for peer, parts in into.items()]
             self._give_back(*received.values(), *([sent] if self._stages else []))
             self.bytes_sent += len(hearers) * nbytes(message)
             self.events.append(Event("neighbours", step, nbytes(message)))
@@ -292,7 +293,7 @@ class PeerComm:
         """What `peer` sends while x goes to it, like x; not counted, and good until the next."""
         own = self._outgoing(x)
         theirs = self._incoming(own)
-        if not all(self._begin({peer: own}, {peer: theirs}, step)):
+        if not all(self._begin({peer: [own]}, {peer: [theirs]}, step)):
             return x
         self._give_back(theirs, *([own] if self._stages else []))
         return self._arrived(theirs)
@@ -306,7 +307,10 @@ class PeerComm:
     def swap(self, messages: Tensor, step: int) -> Tensor:
         sent = self._outgoing(messages.contiguous())
         received = self._incoming(sent)
-        out, into = (dict(zip(self._neighbours, rows, strict=True)) for rows in (sent, received))
+        out, into = (
+            {peer: [row] for peer, row in zip(self._neighbours, rows, strict=True)}
+            for rows in (sent, received)
+        )
         if not all(self._begin(out, into, step)):
             return messages
         self.bytes_sent += nbytes(messages)
@@ -386,12 +390,7 @@ class PeerComm:
 
     @timed
     def _begin(
-        self,
-        out: Mapping[int, Tensor],
-        into: Mapping[int, Tensor],
-        step: int,
-        size: int | None = None,
-        ahead: int | None = None,
+        self, out: Messages, into: Messages, step: int, ahead: int | None = None
     ) -> Iterator[bool]:
         """Begin an Exchange, of which the arguments are.
 
@@ -402,7 +401,7 @@ class PeerComm:
             return iter([False])
         deadline = self.patience.deadline()
         try:
-            exchange = Exchange(out, into, size, ahead, together=not self._host)
+            exchange = Exchange(out, into, ahead, together=not self._host)
         except ExchangeError as error:
             self._fail(step, error.peer, error)
             return iter([False])

@@ -460,6 +460,8 @@ class _LeftGradient:
 
     def collect(self) -> None:
         """Have the gradients where they belong, whichever tensors backward has put them into."""
+        elsewhere: list[Tensor] = []
+        places: list[Tensor] = []
         for name, parameter, view, address in self._views:
             if parameter.data_ptr() != address:
                 raise UserError(
@@ -470,8 +472,11 @@ class _LeftGradient:
             if gradient is None:
                 view.zero_()
             elif gradient is not view:
-                view.copy_(gradient)
+                elsewhere.append(gradient)
+                places.append(view)
             parameter.grad = view
+        if places:
+            torch._foreach_copy_(places, elsewhere)
 
     def __call__(self, step: int) -> Tensor:
         return self._loss  # the loop's own to count

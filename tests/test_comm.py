@@ -1,5 +1,7 @@
 """Both sides of the door to the network do the same mixing, and count the same bytes."""
 
+from datetime import timedelta
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -14,6 +16,7 @@ from decentral import comm as door
 from decentral import peer as own_door
 from decentral import topology as topologies
 from decentral.comm import StackedComm, all_reduce_bytes
+from decentral.exchange import Exchange, pieces_of
 from decentral.mixing import Mixing
 from decentral.peer import Patience, PeerComm
 from decentral.replica import squared_distance
@@ -133,6 +136,31 @@ def mix_with_one_that_leaves(rank):
 def test_a_failure_among_the_last_pieces_leaves_nothing_mixed():
     ends = run_on_ranks(3, mix_with_one_that_leaves)
     assert ends == [(1, 0, 0.0), None, (1, 0, 0.0)]
+
+
+@pytest.mark.parametrize(("ahead", "sent"), [(1, [1, 2, 3, 4, 4]), (3, [3, 4, 4, 4, 4])])
+def test_so_many_pieces_are_on_their_way_out_and_no_more(ahead, sent, monkeypatch):
+    """Of four to each of two peers: at the start, and after each that has been waited for."""
+    posted, waited = [], []
+
+    def call(kind):
+        def post(part, peer):
+            posted.append((kind, peer, int(part)))
+            return SimpleNamespace(wait=lambda deadline: waited.append((kind, peer, int(part))))
+
+        return post
+
+    monkeypatch.setattr(dist, "isend", call("to"))
+    monkeypatch.setattr(dist, "irecv", call("from"))
+    pieces = pieces_of(torch.arange(4), 1)
+    exchange = Exchange({1: pieces, 2: pieces}, {3: pieces}, ahead)
+    assert exchange.pieces == 4
+    assert posted[:4] == [("from", 3, k) for k in range(4)]
+    for number, expected in enumerate(sent):
+        assert posted[4:] == [("to", peer, k) for k in range(expected) for peer in (1, 2)]
+        assert sorted(waited) == sorted(w for w in posted if w[2] < number)
+        if number < 4:
+            exchange.wait(timedelta(seconds=1))
 
 
 @pytest.mark.parametrize("name", ["ring", "exponential", "one_peer_exponential"])
