@@ -50,6 +50,7 @@ SMALL = {
         *("--workers", "2", "--starts", "1", "--segments", "1"),
         *("--lengths", "1", "--lengths", "5"),
     ],
+    "wire_formats": ["--steps", "6", "--seeds", "2", "--workers", "4"],
     "transients": [
         *("--trials", "3", "--steps", "40", "--stage", "20", "--samples", "20", "--law", "own"),
         *("--workers", "4", "--workers", "6"),

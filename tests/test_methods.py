@@ -614,6 +614,21 @@ def test_compressors_take_zeros(name):
     assert torch.equal(compressor.decode(compressor.encode(x, torch.arange(3)), x), x)
 
 
+def test_int8_has_a_scale_for_each_block_of_1024():
+    """The largest of each block are kept, and no element is off by more than half its level."""
+    x = torch.randn(3, 2500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x *= torch.cat([torch.full((1024,), 1e-6), torch.full((1024,), 1.0), torch.full((452,), 1e3)])
+    message = Int8().encode(x, torch.arange(3))
+    assert message.shape == (3, 2500 + 4 * 3)
+    decoded = Int8().decode(message, x)
+    for block, was in zip(decoded.split(1024, 1), x.split(1024, 1), strict=True):
+        largest = was.abs().amax(1, keepdim=True)
+        assert ((block - was).abs() <= largest / 254 * (1 + 1e-6)).all()
+        torch.testing.assert_close(block.abs().amax(1, keepdim=True), largest, rtol=1e-7, atol=0)
+    one = Int8().decode(Int8().encode(x[2], torch.tensor(2)), x[2])
+    assert torch.equal(one, decoded[2])
+
+
 def test_top_k_keeps_the_largest_and_sign_the_scaled_signs():
     x = torch.tensor([[1.0, -5.0, 2.0, 4.0]])
     top = COMPRESSORS["top_k"](fraction=0.5)

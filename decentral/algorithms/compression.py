@@ -45,19 +45,30 @@ class BFloat16:
 
 
 class Int8:
-    """Every float rounded to one of 255 levels between -max|x| and max|x|: D + 4 bytes."""
+    """Every float rounded to one of 255 levels between -m and m, m the largest magnitude in its
+    block of BLOCK: a byte each, and four for each block.
+
+    With one m for a whole model the levels of its small layers would be those of its largest.
+    """
+
+    BLOCK = 1024
 
     def encode(self, x: Tensor, key: Tensor) -> Tensor:
-        scale = x.abs().amax(dim=-1, keepdim=True).to(torch.float32) / 127
-        levels = torch.round(x / torch.where(scale > 0, scale, 1)).clamp(-127, 127)
-        return torch.cat([levels.to(torch.int8).view(torch.uint8), _bytes(scale)], dim=-1)
+        size = x.shape[-1]
+        blocks = torch.nn.functional.pad(x, (0, -size % self.BLOCK)).unflatten(-1, (-1, self.BLOCK))
+        scale = blocks.abs().amax(dim=-1, keepdim=True).to(torch.float32) / 127
+        levels = torch.round(blocks / torch.where(scale > 0, scale, 1)).clamp(-127, 127)
+        codes = levels.to(torch.int8).flatten(-2)[..., :size]
+        return torch.cat([_bytes(codes), _bytes(scale.squeeze(-1))], dim=-1)
 
     def decode(self, message: Tensor, like: Tensor) -> Tensor:
-        levels = message[..., :-4].view(torch.int8).to(like.dtype)
-        return levels * _floats(message[..., -4:], torch.float32).to(like.dtype)
+        size = like.shape[-1]
+        levels = message[..., :size].view(torch.int8).to(like.dtype)
+        scale = _floats(message[..., size:], torch.float32).to(like.dtype)
+        return levels * scale.repeat_interleave(self.BLOCK, dim=-1)[..., :size]
 
     def contraction(self, size: int) -> float:
-        return max(0.0, 1 - size / (4 * 127**2))  # each off by at most half a level
+        return 1 - min(size, self.BLOCK) / (4 * 127**2)  # each off by at most half a level
 
 
 class Sign:
