@@ -10,7 +10,6 @@ Claim (Chen et al. 2021): consensus distance below gossip's at the same steps, a
 model at least as accurate. The last lines say whether these figures bear it out.
 """
 
-import math
 import os
 import statistics
 import time
@@ -18,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import digits
 import machine
 import torch
 import typer
@@ -145,7 +145,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def compare(pga: list[Run], gossip: list[Run], settings: Settings) -> dict[str, Any]:
     """The paired differences, and whether each half of the claim holds for these figures."""
-    difference = [a.accuracy - b.accuracy for a, b in zip(pga, gossip, strict=True)]
+    accuracy = digits.paired([run.accuracy for run in pga], [run.accuracy for run in gossip])
     at = [step for step in pga[0].distance if settings.between(step)]
     lower = [
         statistics.mean(run.distance[step] for run in pga)
@@ -153,10 +153,7 @@ def compare(pga: list[Run], gossip: list[Run], settings: Settings) -> dict[str, 
         for step in at
     ]
     return {
-        "accuracy": {
-            "mean": statistics.mean(difference),
-            "standard_error": statistics.stdev(difference) / math.sqrt(len(difference)),
-        },
+        "accuracy": accuracy,
         "steps_compared": len(at),
         "steps_with_smaller_distance": sum(lower),
         "seeds_with_smaller_mean_distance": sum(
@@ -164,7 +161,7 @@ def compare(pga: list[Run], gossip: list[Run], settings: Settings) -> dict[str, 
             for a, b in zip(pga, gossip, strict=True)
         ),
         "distance_below_at_every_step": all(lower),
-        "accuracy_at_least": statistics.mean(difference) >= 0,
+        "accuracy_at_least": accuracy["mean"] >= 0,
     }
 
 

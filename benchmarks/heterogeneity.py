@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import digits
 import machine
 import torch
 import typer
@@ -22,8 +23,6 @@ from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-
-import decentral
 
 ALPHAS = (1.0, 0.1, 0.01)
 LEARNING_RATES = (0.1, 0.3, 1.0, 3.0)
@@ -69,26 +68,9 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def accuracy(method: str, alpha: float, lr: float, seed: int, steps: int, workers: int) -> float:
     """Final test accuracy of the averaged model."""
-    parts = METHODS[method]
-    result = decentral.run(
-        {
-            "workers": workers,
-            "steps": steps,
-            "seed": seed,
-            "task": {
-                "name": "digits",
-                "batch_size": 16,
-                "model": {"name": "mlp", "hidden": [64]},
-                "partition": {"kind": "dirichlet", "alpha": alpha},
-            },
-            "topology": parts.get("topology", RING),
-            "algorithm": parts["algorithm"],
-            "optimizer": parts["optimizer"] | {"lr": lr},
-            "network": {"compute_ms": 1},
-            "record": {"every": steps},
-        }
-    )
-    return result.summary["final"]["eval_accuracy"]
+    parts = {"topology": RING} | METHODS[method]
+    parts |= {"optimizer": parts["optimizer"] | {"lr": lr}}
+    return digits.last_record(parts, alpha, seed, steps, workers)["eval_accuracy"]
 
 
 def best(method: str, alpha: float, seeds: int, steps: int, workers: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import digits
 import machine
 import torch
 import typer
@@ -24,8 +25,6 @@ from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-
-import decentral
 
 LR, ALPHA = 0.3, 0.1
 FLOATS = "float32"
@@ -52,25 +51,12 @@ class Outcome(NamedTuple):
 
 
 def outcome(algorithm: dict[str, Any], seed: int, steps: int, workers: int) -> Outcome:
-    result = decentral.run(
-        {
-            "workers": workers,
-            "steps": steps,
-            "seed": seed,
-            "task": {
-                "name": "digits",
-                "batch_size": 16,
-                "model": {"name": "mlp", "hidden": [64]},
-                "partition": {"kind": "dirichlet", "alpha": ALPHA},
-            },
-            "topology": {"name": "ring"},
-            "algorithm": algorithm,
-            "optimizer": {"name": "sgd", "lr": LR},
-            "network": {"compute_ms": 1},
-            "record": {"every": steps},
-        }
-    )
-    final = result.summary["final"]
+    parts = {
+        "topology": {"name": "ring"},
+        "algorithm": algorithm,
+        "optimizer": {"name": "sgd", "lr": LR},
+    }
+    final = digits.last_record(parts, ALPHA, seed, steps, workers)
     return Outcome(
         final["eval_accuracy"],
         final["eval_accuracy_workers"],
@@ -105,20 +91,10 @@ def compared(found: dict[str, Any], floats: dict[str, Any]) -> dict[str, Any]:
     return {
         **found,
         "fewer_bytes": floats["bytes_sent"] / found["bytes_sent"],
-        "change": change(found["accuracies"], floats["accuracies"]),
-        "change_of_workers": change(
+        "change": digits.paired(found["accuracies"], floats["accuracies"]),
+        "change_of_workers": digits.paired(
             found["accuracies_of_workers"], floats["accuracies_of_workers"]
         ),
-    }
-
-
-def change(these: list[float], those: list[float]) -> dict[str, float]:
-    """The mean difference of the same seeds' figures, and its standard error."""
-    differences = [a - b for a, b in zip(these, those, strict=True)]
-    spread = statistics.stdev(differences) if len(differences) > 1 else 0.0
-    return {
-        "mean": statistics.mean(differences),
-        "standard_error": spread / len(differences) ** 0.5,
     }
 
 

@@ -57,10 +57,7 @@ def run(
     ] = None,
 ) -> None:
     """Run one experiment and record it."""
-    with uncollected():  # torch is slow: not for --help
-        from decentral.api import execute
-        from decentral.api import resume as go_on
-        from decentral.config import load, parse_overrides
+    from decentral.config import load, parse_overrides  # torch is slow: not for --help
 
     words = words or []
     config = words.pop(0) if words and "=" not in words[0] else None
@@ -72,11 +69,17 @@ def run(
     if resume is not None:
         if config is not None or out is not None:
             raise UserError("names the run: leave CONFIG and --out out", "--resume")
+        with uncollected():
+            from decentral.api import resume as go_on
+
         result = go_on(resume, watcher=watcher, **changes)
     else:
         if config is None:
             raise UserError("name a config, for example: decentral run configs/quickstart.yaml")
         checked = load(config, changes)
+        with uncollected():
+            from decentral.api import execute
+
         out = out or Path("runs") / f"{checked.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         result = execute(checked, out, watcher)
     console.print(_summary_table(result.summary))
@@ -114,9 +117,7 @@ def compare(
 
     The same command goes on with a sweep that was stopped. Exit code 1 if points have failed.
     """
-    with uncollected():
-        from decentral.config import parse_overrides
-        from decentral.sweep import driver, show
+    from decentral.config import parse_overrides
 
     words = words or []
     config = words.pop(0) if words and "=" not in words[0] else None
@@ -135,6 +136,9 @@ def compare(
     if ray is not None:
         changes |= {"compare.on": "ray", "ray.address": None if ray == "local" else ray}
     sys.path.insert(0, "")  # a user's own task is looked up in the working directory
+    with uncollected():
+        from decentral.sweep import driver, show
+
     assert config is not None
     try:
         comparison = driver.compare(config, out=out, observer=show.Terminal(console), **changes)

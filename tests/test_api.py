@@ -244,6 +244,19 @@ def test_help_imports_nothing_heavy():
     assert python(f"{code} print({HEAVY})").splitlines()[-1] == "[]"
 
 
+def test_a_mistake_in_a_config_is_told_before_anything_heavy_is_imported():
+    code = f"""
+import sys
+from decentral.cli import app
+from decentral.errors import UserError
+try:
+    app(["run", "no such.yaml"], standalone_mode=False)
+except UserError:
+    print("told", {HEAVY})
+"""
+    assert python(code).splitlines()[-1] == "told []"
+
+
 @pytest.mark.slow
 def test_a_run_imports_no_ray_no_plotting_no_scikit_learn_and_no_compiler():
     """Seconds of each run's start, and in each worker's process. torch._dynamo is the compiler."""
