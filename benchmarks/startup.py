@@ -5,6 +5,8 @@ digits; the moments at which one part is over are told apart, and the processor 
 of process has taken by then. Then segments of different lengths without an exchange: a straight
 line through their times has the cost of a segment at zero steps, which is the coordinator's calls,
 and beside it the coordinator's clock, which replays each step, and the bytes of a worker's report.
+Last, a run whose steps wait for 20 ms: with a call for each segment, with those of the next seconds
+in one as `ray.ahead_s` has them, and with all of them in one.
 
     python benchmarks/startup.py --out benchmarks/results/startup.json
 """
@@ -29,7 +31,7 @@ from rich.table import Table
 
 CONFIG: dict[str, Any] = {
     "engine": "ray",
-    "steps": 10,
+    "steps": 400,
     "task": {"name": "digits", "batch_size": 32},
     "optimizer": {"name": "sgd", "lr": 0.1},
     "algorithm": {"name": "gossip_pga", "period": 8},
@@ -37,6 +39,7 @@ CONFIG: dict[str, Any] = {
     "network": {"compute_ms": 1},
 }
 STEP_MS = 20.0  # of the step that steering is held against
+SOONER_S = {"segment": 0.0, "ahead": None, "all": 1e9}  # ahead_s; None: the config's own
 LENGTHS = (1, 10, 100)  # steps of a segment
 # What is over at each moment, in this order.
 PARTS = ("imports", "checks", "ray", "processes", "experiments", "groups", "first step")
@@ -47,16 +50,18 @@ def main(
     starts: Annotated[int, typer.Option(min=1, help="Of a run.")] = 3,
     segments: Annotated[int, typer.Option(min=1, help="Of each length, in each run.")] = 9,
     lengths: Annotated[list[int] | None, typer.Option(help="Steps; may be repeated.")] = None,
+    steps: Annotated[int, typer.Option(min=20, help="That wait.")] = CONFIG["steps"],
     out: Annotated[Path | None, typer.Option(help="Write the figures there, as JSON.")] = None,
     inside: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Start runs, and steer them, and say where the time goes: medians over the starts."""
     lengths = sorted(lengths or LENGTHS)
     if inside:
-        print(json.dumps(measure(workers, segments, lengths)))
+        print(json.dumps(measure(workers, segments, lengths, steps)))
         return
     load = os.getloadavg()[0]
-    sizes = [f"--workers={workers}", f"--segments={segments}", *(f"--lengths={n}" for n in lengths)]
+    sizes = [f"--workers={workers}", f"--segments={segments}", f"--steps={steps}"]
+    sizes += [f"--lengths={n}" for n in lengths]
     runs = []
     for _ in range(starts):
         done = subprocess.run(
@@ -72,22 +77,28 @@ def main(
     for row in steering:
         calls_ms = segment_ms + row["clock_ms"]
         row["share_of_20_ms_steps"] = calls_ms / (row["steps"] * STEP_MS)
+    waiting = medians([run["waiting"] for run in runs])
+    for row in waiting.values():
+        row["calls_share"] = segment_ms / (row["steps_a_call"] * row["step_ms"])
     console = Console()
     console.print(start_table(workers, start), steering_table(segment_ms, steering))
+    console.print(waiting_table(waiting))
     if out is not None:
         result = {
             "benchmark": "startup",
-            "settings": CONFIG | {"workers": workers, "starts": starts, "segments": segments},
+            "settings": CONFIG
+            | {"workers": workers, "starts": starts, "segments": segments, "steps": steps},
             "start": start,
             "segment_ms": segment_ms,
             "steering": steering,
+            "waiting": waiting,
             "machine": machine.describe(load),
         }
         machine.write(result, out)
         console.print(f"written to {out}")
 
 
-def measure(workers: int, segments: int, lengths: list[int]) -> dict[str, Any]:
+def measure(workers: int, segments: int, lengths: list[int], steps: int) -> dict[str, Any]:
     """Of one run, in a process that has done nothing else."""
     from decentral.imports import uncollected
 
@@ -99,11 +110,16 @@ def measure(workers: int, segments: int, lengths: list[int]) -> dict[str, Any]:
         from decentral.replica import Averaging, Segment
 
     moments = [psutil.Process().create_time(), time.time()]
-    experiment = build(load(CONFIG | {"workers": workers}))
+    experiment = build(load(CONFIG | {"workers": workers, "steps": steps}))
     moments.append(time.time())
 
     class Told(ray_engine.RayEngine):
-        """Notes when its processes are there, and when they have built their experiments."""
+        """Notes when its processes are there, when they have built their experiments, and how many
+        steps each call has."""
+
+        def _run_all(self, segments: Any) -> Any:
+            self.steps_of_calls = [*getattr(self, "steps_of_calls", []), steps_of(segments)]
+            return super()._run_all(segments)
 
         def _place(self, nodes: Any) -> None:
             moments.append(time.time())
@@ -123,6 +139,11 @@ def measure(workers: int, segments: int, lengths: list[int]) -> dict[str, Any]:
             moments.append(time.time())
             processor = processor_s()
             rows = steer(engine, Coordinator(experiment, engine), segments, lengths)
+            engine.ask(wait_in_each_step)
+            waiting = {
+                name: run_whole(engine, Coordinator(experiment, engine), ahead_s)
+                for name, ahead_s in SOONER_S.items()
+            }
         finally:
             engine.close()
     seconds = {part: b - a for part, (a, b) in zip(PARTS, pairwise(moments), strict=True)}
@@ -134,6 +155,7 @@ def measure(workers: int, segments: int, lengths: list[int]) -> dict[str, Any]:
         },
         "segment_ms": at_zero([(row["steps"], row["segment_ms"]) for row in rows]),
         "steering": rows,
+        "waiting": waiting,
     }
 
 
@@ -162,6 +184,37 @@ def steer(
             {"steps": n, "segment_ms": run_s * 1e3, "clock_ms": clock_s * 1e3, "report_bytes": size}
         )
     return rows
+
+
+def steps_of(segments: Any) -> int:
+    return segments[-1].stop - segments[0].start
+
+
+def wait_in_each_step(worker: Any) -> None:
+    gradient = worker._gradient._gradient
+
+    def waiting(step: Any) -> Any:
+        time.sleep(STEP_MS * 1e-3)
+        return gradient(step)
+
+    worker._gradient._gradient = waiting
+
+
+def run_whole(engine: Any, coordinator: Any, ahead_s: float | None) -> dict[str, float]:
+    """A run from its second segment on: the first has a call of its own, whatever `ahead_s`."""
+    default = coordinator._experiment.config.ray.ahead_s
+    engine.ahead_s = default if ahead_s is None else ahead_s
+    segments = coordinator.run()
+    next(segments)
+    first, began, engine.steps_of_calls = coordinator.step, time.perf_counter(), []
+    for _ in segments:
+        pass
+    steps = coordinator.step - first
+    return {
+        "step_ms": (time.perf_counter() - began) / steps * 1e3,
+        "calls": len(engine.steps_of_calls),
+        "steps_a_call": steps / len(engine.steps_of_calls),
+    }
 
 
 def at_zero(points: list[tuple[float, float]]) -> float:
@@ -216,6 +269,20 @@ def steering_table(segment_ms: float, rows: list[dict[str, Any]]) -> Table:
             f"{row['clock_ms']:.2f}",
             f"{row['report_bytes']:.0f}",
             f"{row['share_of_20_ms_steps']:.2%}",
+        )
+    return grid
+
+
+def waiting_table(waiting: dict[str, Any]) -> Table:
+    grid = Table(title="steps that wait for 20 ms, a call for", box=box.SIMPLE_HEAD)
+    for name in ("", "ms a step, exchanges too", "steps a call", "calls, of a step"):
+        grid.add_column(name, justify="right")
+    for name, row in waiting.items():
+        grid.add_row(
+            {"segment": "each segment", "ahead": "ray.ahead_s", "all": "all"}[name],
+            f"{row['step_ms']:.2f}",
+            f"{row['steps_a_call']:.1f}",
+            f"{row['calls_share']:.2%}",
         )
     return grid
 

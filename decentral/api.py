@@ -195,7 +195,11 @@ def _run(
                     directory.append(record)
                 loggers.log(record)
             watcher.advance(coordinator.step, record)
-            stop = watcher.wants_stop() and coordinator.step < experiment.config.steps
+            stop = (
+                coordinator.settled
+                and watcher.wants_stop()
+                and coordinator.step < experiment.config.steps
+            )
             due = every is not None and coordinator.step % every == 0
             if checkpoints is not None:
                 checkpoints.finish(engine, wait=False)

@@ -266,6 +266,9 @@ class RayConfig(_Section):
     gpus_per_worker: a fraction for workers that share a GPU. cpu_workers: so many of the workers
     have none, where the others have gpus_per_worker. compile: the model by torch.compile. readers:
     processes of each worker that read its batches ahead.
+
+    ahead_s: for about how long workers go on by themselves and report then, where what they
+    report decides nothing: records come in portions. 0: they report each by itself.
     """
 
     address: str | None = None
@@ -277,6 +280,7 @@ class RayConfig(_Section):
     placement: Literal["neighbours", "rank"] = "neighbours"
     timeout_s: Positive = 300.0
     patience: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 10.0
+    ahead_s: NonNegative = 3.0
 
     @property
     def backend(self) -> Literal["nccl", "gloo"]:

@@ -9,6 +9,7 @@ import functools
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -61,18 +62,24 @@ class Coordinator:
         self._seconds_before = 0.0  # of the runs that this one goes on from
         self._recorded = _Mean()  # loss since the last record
         self._averaged = _Mean()  # loss since the last global average
+        self._planned: deque[Segment] = deque()  # what the engine knows ahead
+        self._planned_steps, self._spent_s = 0, 0.0  # of all of them, and in the engine since then
+        self._step_s: float | None = None  # of the steps that were last planned, each
         self.step = 0
 
     def run(self) -> Iterator[Record | None]:
         """Run to the end, yielding after each segment: its record, or None if it has none.
 
-        The caller may stop between two segments; all workers are then at `step`.
+        The caller may stop between two segments where the run is `settled`.
         """
         while self.step < self._experiment.config.steps:
-            self._follow_script()
-            self._grow()
-            segment = self._next_segment()
-            report = self._run(segment)
+            if not self._planned:
+                self._follow_script()
+                self._grow()
+                self._plan()
+            segment, report = self._run(self._planned.popleft())
+            if not self._planned:
+                self._step_s = self._spent_s / self._planned_steps
             record = self._record(report) if segment.record else None
             if segment.watch and report.moved is not None:
                 self._watch(segment.stop - 1, report)
@@ -84,23 +91,58 @@ class Coordinator:
                 self._schedule.observe(segment.stop - 1, loss, report.next_lr)
             yield record
 
-    def _run(self, segment: Segment) -> Report:
-        """Run a segment to its end, whoever is lost on the way: the report of the last part."""
+    @property
+    def settled(self) -> bool:
+        """Whether all workers are at `step`, and not beyond it in what they have yet to report."""
+        return not self._planned
+
+    def _plan(self) -> None:
+        """The next segment, and those that the engine may run with it."""
+        segment = self._segment(self.step)
+        self._planned.append(segment)
+        if self._looks_ahead and self._step_s is not None:
+            last = self.step + self._engine.ahead_s / max(self._step_s, 1e-9)
+            while segment.stop < last and not self._ends_alone(segment.stop):
+                segment = self._segment(segment.stop)
+                self._planned.append(segment)
+        self._planned_steps, self._spent_s = segment.stop - self.step, 0.0
+
+    @property
+    def _looks_ahead(self) -> bool:
+        """Whether the segments to come follow from the step alone: whatever the last one gives."""
+        config = self._experiment.config
+        return not (
+            self._schedule.state
+            or self._norm_test is not None
+            or self._queue is not None
+            or self._experiment.faults.changes_members
+            or len(self._engine.members) < config.workers
+        )
+
+    def _run(self, segment: Segment) -> tuple[Segment, Report]:
+        """Run a segment to its end, whoever is lost on the way: the report of the last part.
+
+        Where workers are lost ahead of it, the segment returned is as long as the others went on.
+        """
         deviation = drift = None
         lr = 0.0
         while True:
             if self._queue is not None:
                 moments = self._queue.run(segment.start, segment.stop)
                 segment = replace(segment, moments=moments)
+            ahead = tuple(self._planned)
+            began = time.perf_counter()
             try:
-                report, whole = self._engine.run(segment), True
+                report, whole = self._engine.run(segment, ahead), True
             except Interrupted as interruption:
+                self._planned.clear()
                 report, whole = interruption.report, interruption.whole
                 if report is not None:
                     self._count_in(segment.start, report)
                 self.recover(interruption)
             else:
                 self._count_in(segment.start, report)
+            self._spent_s += time.perf_counter() - began
             if report is None:
                 continue
             if deviation is None:
@@ -108,8 +150,18 @@ class Coordinator:
             if report.stop > segment.start:
                 lr = report.lr
             if whole:
-                return replace(report, deviation=deviation, drift=drift, lr=lr)
-            segment = replace(segment, start=report.stop, watch=False, measure=False)
+                return segment, replace(report, deviation=deviation, drift=drift, lr=lr)
+            stop = max(segment.stop, report.stop)
+            over = [segment, *(other for other in ahead if other.stop <= stop)]
+            segment = replace(
+                segment,
+                start=report.stop,
+                stop=stop,
+                global_average=any(each.global_average for each in over),
+                record=any(each.record for each in over),
+                watch=False,
+                measure=False,
+            )
 
     def _count_in(self, start: int, report: Report) -> None:
         """Take what workers did from step `start` on for done."""
@@ -238,29 +290,23 @@ class Coordinator:
         if self._norm_test is not None and self._norm_test.together > 1:
             self._norm_test.together = len(members)
 
-    def _next_segment(self) -> Segment:
-        """From `step` to the nearest step that ends one: all but the last step are alike."""
+    def _segment(self, start: int) -> Segment:
+        """From `start` to the nearest step that ends one: all but the last step are alike."""
         config = self._experiment.config
-        average = self._schedule.next_average(self.step)
-        watch = self._schedule.next_watch(self.step)
-        test = self._norm_test.next_watch(self.step) if self._norm_test is not None else None
-        ends = {config.steps, _multiple_after(self.step, config.record.every)}
+        average = self._schedule.next_average(start)
+        watch = self._schedule.next_watch(start)
+        test = self._norm_test.next_watch(start) if self._norm_test is not None else None
+        ends = {config.steps, _multiple_after(start, config.record.every)}
         ends |= {step + 1 for step in (average, watch, test) if step is not None}
-        change = self._experiment.faults.next_change(self.step + 1, self._engine.members)
+        change = self._experiment.faults.next_change(start + 1, self._engine.members)
         if change is not None:
             ends.add(change)
-        diagnostics = config.diagnostics
-        for every in (
-            config.record.evaluate_every,
-            config.checkpoint.every,
-            None if diagnostics is None else diagnostics.every,
-        ):
-            if every is not None:
-                ends.add(_multiple_after(self.step, every))
+        ends |= {_multiple_after(start, every) for every in self._periods}
         stop = min(ends)
+        diagnostics = config.diagnostics
         diagnoses = diagnostics is not None and stop % diagnostics.every == 0
         return Segment(
-            start=self.step,
+            start=start,
             stop=stop,
             between=self._experiment.algorithm.between,
             global_average=average is not None and stop == average + 1,
@@ -269,8 +315,26 @@ class Coordinator:
             watch=watch is not None and stop == watch + 1 and stop - 1 != average,
             measure=test is not None and stop == test + 1,
             drift=diagnoses and diagnostics is not None and diagnostics.drift,
-            batches=None if test is None else Batches(self._count, self.step, self._drawn),
+            batches=None if test is None else Batches(self._count, start, self._drawn),
             load=self._count / config.gradient.accumulate,
+        )
+
+    @property
+    def _periods(self) -> list[int]:
+        """After multiples of these steps the workers are asked for something of their state."""
+        config = self._experiment.config
+        diagnostics = config.diagnostics
+        periods = (
+            config.record.evaluate_every,
+            config.checkpoint.every,
+            None if diagnostics is None else diagnostics.every,
+        )
+        return [every for every in periods if every is not None]
+
+    def _ends_alone(self, step: int) -> bool:
+        """Whether the workers are to be at `step`, and not beyond it, when it is reported."""
+        return step == self._experiment.config.steps or any(
+            step % every == 0 for every in self._periods
         )
 
     @property
@@ -305,9 +369,10 @@ class Coordinator:
             "period": self._schedule.period,
             "lr": report.lr,
             "bytes_sent": report.bytes_sent,
-            "time_s": self._seconds_before + time.perf_counter() - self._started,
+            "time_s": self._seconds_before + (report.ended or time.perf_counter()) - self._started,
             "sim_time_s": self._clock.time_s,
-            "workers": len(self._engine.members),
+            # Those whose figures are in it: one that died may have taken some with it.
+            "workers": min(len(self._engine.members), len(report.deviation)),
         }
         if self._norm_test is not None:
             record["batch_size"] = self._count * config.task.batch_size

@@ -6,7 +6,7 @@ operation on it, and every step rule, is written for a last axis of D and any le
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -155,6 +155,12 @@ class Report:
     drift: np.ndarray | None = None  # ||x_i - c_i||^2 where deviation is taken, if asked for
     compute_s: np.ndarray | None = None  # seconds in gradients, of a worker of a cluster
     wait_s: np.ndarray | None = None  # and in exchanges: waiting for the others, and sending
+    ended: float | None = None  # of a cluster, at this moment of the driver's clock
+
+
+def followed(first: Report, then: Report) -> Report:
+    """What two segments gave, one after the other; the state is that after the second."""
+    return replace(then, loss=first.loss + then.loss, events=[*first.events, *then.events])
 
 
 class Replica:

@@ -47,7 +47,7 @@ SMALL = {
     "simulator_rate": ["--workers", "3", "--repeats", "1", "--seconds", "0"],
     "soak": ["--kills", "1", "--steps", "1500"],
     "startup": [
-        *("--workers", "2", "--starts", "1", "--segments", "1"),
+        *("--workers", "2", "--starts", "1", "--segments", "1", "--steps", "30"),
         *("--lengths", "1", "--lengths", "5"),
     ],
     "wire_formats": ["--steps", "6", "--seeds", "2", "--workers", "4"],
@@ -188,6 +188,9 @@ def test_the_parts_of_a_start_are_all_of_it_and_a_segment_costs_what_its_line_sa
     assert (short, long) == (1, 5)
     at_zero = short_ms - (long_ms - short_ms) / 4
     assert result["segment_ms"] == pytest.approx(at_zero, rel=0.01, abs=0.01)
+    waiting = result["waiting"]  # 22 steps after the first segment, which ends at 8, 10, 16, ...
+    assert [waiting[name]["calls"] for name in ("segment", "ahead", "all")] == [5, 1, 1]
+    assert all(row["step_ms"] > 20 for row in waiting.values())
 
 
 def test_simulator_rate_measures_the_sizes_asked_for(outputs):

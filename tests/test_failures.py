@@ -11,11 +11,14 @@ import time
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import numpy as np
+import pandas
 import psutil
 import pytest
 import ray
+import torch
 import yaml
 from test_cli import call
 
@@ -104,11 +107,14 @@ class Scripted:
 
     def __init__(self, workers, runs=(), regroups=()):
         self.members = tuple(range(workers))
-        self.asked, self.groups = [], []
+        self.asked, self.told, self.groups = [], [], []
         self._runs, self._regroups = list(runs), list(regroups)
 
-    def run(self, segment):
+    ahead_s = 0.0
+
+    def run(self, segment, ahead=()):
         self.asked.append(segment)
+        self.told.append([(s.start, s.stop) for s in ahead])
         if self._runs:
             lost, steps, whole = self._runs.pop(0)
             left = [worker for worker in self.members if worker not in lost]
@@ -196,6 +202,93 @@ def test_an_average_that_was_cut_short_is_made_up_for_without_a_step(quick):
     assert records[0]["lr"] == 0.1
     assert records[0]["consensus_distance"] == 2.0
     assert [record["loss"] for record in records] == [1.5, 1.5]
+
+
+def ahead(quick, seconds=1000.0, runs=(), **changes):
+    """As `scripted`, of 24 steps that are evaluated at the twelfth, with an engine that runs ahead
+    so far once it knows how long a step takes, which is after the first segment."""
+    options = {"steps": 24, "record": {"every": 4, "evaluate_every": 12}} | changes
+    coordinator, engine = scripted(quick, runs, **options)
+    engine.ahead_s = seconds
+    return coordinator, engine
+
+
+def test_an_engine_is_told_what_follows_up_to_where_the_workers_are_asked(quick):
+    coordinator, engine = ahead(quick)
+    settled = []
+    for record in coordinator.run():
+        assert record is not None
+        settled.append((record["step"], coordinator.settled))
+    rest = [(16, 20), (20, 24)]
+    assert [(s.start, s.stop) for s in engine.asked] == [(k, k + 4) for k in range(0, 24, 4)]
+    assert engine.told == [[], [(8, 12)], [], rest, rest[1:], []]
+    # Whoever stops, evaluates or saves does so where nobody is beyond what was reported.
+    assert settled == [(4, True), (8, False), (12, True), (16, False), (20, False), (24, True)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"algorithm": {"name": "gossip_aga"}},
+        {"faults": [{"kind": "kill", "worker": 2, "step": 23}]},
+        {"norm_test": {"tolerance": 0.5, "max_accumulate": 4}, "gradient": {"accumulate": 2}},
+        {"checkpoint": {"every": 4}},
+        {"diagnostics": {"every": 4, "gradient_norms": {}}},
+    ],
+)
+def test_an_engine_is_told_nothing_that_may_yet_change_or_is_looked_at(quick, changes):
+    coordinator, engine = ahead(quick, **changes)
+    coordinator._engine.diagnose = lambda step: {}
+    list(coordinator.run())
+    assert len(engine.told) >= 6
+    assert not any(engine.told)
+
+
+def test_an_engine_goes_ahead_for_as_long_as_it_wants(quick):
+    coordinator, engine = ahead(quick)
+    coordinator._step_s = 0.25
+    engine.ahead_s = 1.5  # six steps: until the segment that reaches them
+    next(coordinator.run())
+    assert engine.told == [[(4, 8)]]
+
+
+def test_what_was_planned_is_planned_anew_after_a_loss(quick):
+    coordinator, engine = ahead(quick, runs=[([], 4, True), ([2], 3, False)])
+    coordinator._step_s = 1.0
+    steps = [record["step"] for record in coordinator.run() if record is not None]
+    assert steps == [4, 8, 12, 16, 20, 24]
+    assert [(s.start, s.stop) for s in engine.asked][:4] == [(0, 4), (4, 8), (7, 8), (8, 12)]
+    # Once a worker is missing others may come at any segment.
+    assert engine.told == [[(4, 8), (8, 12)], [(8, 12)], [], [], [], [], []]
+
+
+@pytest.mark.parametrize("beyond", [1, 3, 4])
+def test_what_others_went_ahead_of_is_made_up_for_where_they_are(quick, beyond):
+    """Worker 2 dies in the average after step 7; the others have had it, and gone on."""
+    coordinator, engine = ahead(quick, runs=[([], 4, True), ([2], 4 + beyond, False)])
+    coordinator._step_s = 1.0
+    records = [record for record in coordinator.run() if record is not None]
+    stop = 8 + beyond
+    made_up = engine.asked[2]
+    assert (made_up.start, made_up.stop, made_up.global_average) == (stop, stop, True)
+    assert [record["step"] for record in records] == [4, stop, *range(12 + beyond // 4 * 4, 25, 4)]
+    assert records[1]["loss"] == 1.5  # of those that are left, over all their steps
+
+
+def test_an_average_is_made_up_for_if_any_that_was_passed_had_one(quick):
+    """Worker 2 dies in the record after step 7, the others in the average after step 11."""
+    algorithm = {"name": "gossip_pga", "period": 6}
+    runs = [([], 4, True), ([], 2, True), ([2], 6, False)]
+    coordinator, engine = ahead(quick, runs=runs, algorithm=algorithm)
+    coordinator._step_s = 1.0
+    next(coordinator.run())
+    list(coordinator.run())
+    assert [(s.start, s.stop, s.global_average) for s in engine.asked][1:5] == [
+        (4, 6, True),
+        (6, 8, False),
+        (12, 12, True),
+        (12, 16, False),
+    ]
 
 
 def test_another_lost_in_the_recovery_starts_it_again(quick):
@@ -327,7 +420,9 @@ class Running:
 
 @contextmanager
 def running(cluster, config, **changes):
-    run = Running(cluster, config | {"engine": "ray"} | changes)
+    # Segment by segment, so that the workers hear of what a test does between two before the next.
+    options = {"ahead_s": 0} | changes.pop("ray", {})
+    run = Running(cluster, config | {"engine": "ray", "ray": options} | changes)
     try:
         yield run
     finally:
@@ -439,6 +534,138 @@ def test_one_killed_in_a_recovery_is_left_behind_too(cluster, quick, monkeypatch
 
 def die_as_groups_open(worker):
     worker._open = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+
+AHEAD = {"ahead_s": 1000}  # all that is left is one call, once the first segment is over
+
+
+def at_step(worker, step, act):
+    """Have a worker do something when its gradient at `step` is asked for."""
+    gradient = worker._gradient._gradient
+
+    def hooked(at):
+        if at == step:
+            act()
+        return gradient(at)
+
+    worker._gradient._gradient = hooked
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail():
+    raise ValueError("a bad batch")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "step", "noticed"),
+    [
+        ("gossip_pga", 10, 10),  # by the neighbours
+        ("local_sgd", 8, 8),  # the last of a segment
+        ("local_sgd", 10, 11),  # where the others wait for it
+    ],
+)
+def test_one_that_dies_far_ahead_is_lost_at_its_step(cluster, quick, method, step, noticed):
+    """What was over before is recorded of those that live, and the rest is as it is without it."""
+    config = {"workers": 4, "on_worker_failure": "shrink", "record": {"every": 3}} | {
+        "algorithm": {"name": method, "period": 3}
+    }
+    seen = {}
+    for name, ray_options in {"each": {"ahead_s": 0}, "ahead": AHEAD}.items():
+        with running(cluster, quick, ray=ray_options, **config) as run:
+            run.engine._actors[1].ask.remote(at_step, step, die)
+            run.end()
+        (failure,) = run.coordinator.failures
+        assert failure["lost"] == [1]
+        assert f"died at step {noticed}" in failure["what"]
+        seen[name] = (run.records, failure["step"])
+    each, ahead = seen["each"][0], seen["ahead"][0]
+    assert seen["each"][1] == seen["ahead"][1]
+    assert [r["workers"] for r in each][:2] == [4, 4]
+    assert [r["workers"] for r in ahead][:2] == [4, 3]  # the first is asked for by itself
+    for one, other in zip(each, ahead, strict=True):
+        if one["step"] > step + 3:
+            for key in {"loss", "consensus_distance", "eval_loss"} & one.keys():
+                assert other[key] == pytest.approx(one[key], rel=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gossip_pga", "local_sgd"])
+def test_one_that_misses_an_average_goes_on_with_those_that_had_it(cluster, quick, method):
+    """The others are ahead by then: by a step or two of gossip, by a whole period without."""
+    config = {"workers": 4, "on_worker_failure": "shrink", "record": {"every": 3}} | {
+        "algorithm": {"name": method, "period": 3}
+    }
+    with running(cluster, quick, ray=AHEAD, **config) as run:
+        run.engine._actors[1].ask.remote(miss_average, 8)
+        run.until(24)
+        first, *others = run.engine.ask(own_model)
+    (failure,) = run.coordinator.failures
+    assert failure["lost"] == []
+    assert "lost the connection to the others at step 8" in failure["what"]
+    steps = [record["step"] for record in run.records]
+    assert 9 < failure["step"] <= 12
+    assert steps == [3, 6, failure["step"], *range(12 + failure["step"] // 12 * 3, 25, 3)]
+    assert [record["workers"] for record in run.records] == [4] * len(steps)
+    if method == "local_sgd":
+        assert failure["step"] == 12
+    for model in others:  # all have taken all steps, of which the last averages
+        torch.testing.assert_close(model, first)
+
+
+def own_model(worker):
+    return worker._replica.x
+
+
+def miss_average(worker, step):
+    """Fail in the averages of `step`, which the others have."""
+    start = worker._comm.start_mean
+
+    def hooked(x, at, counted=True):
+        averaged = start(x, at, counted)
+
+        def finish():
+            mean = averaged()
+            if at != step:
+                return mean
+            worker._comm._fail(at, None, RuntimeError("cut off"))
+            return x.clone()
+
+        return finish
+
+    worker._comm.start_mean = hooked
+
+
+@pytest.mark.slow
+def test_an_error_far_ahead_ends_the_run_after_what_was_over(cluster, quick):
+    with running(cluster, quick, workers=3, ray=AHEAD, record={"every": 3}) as run:
+        run.engine._actors[1].ask.remote(at_step, 13, fail)
+        with pytest.raises(WorkerError, match="worker 1 failed at step 13: ValueError: a bad"):
+            run.end()
+    assert [record["step"] for record in run.records] == [3, 6, 9, 12]
+
+
+@pytest.mark.slow
+def test_workers_that_go_ahead_report_what_they_do_segment_by_segment(cluster, quick):
+    config = {"workers": 3, "record": {"every": 3, "evaluate_every": 12}}
+    records, calls = [], []
+    for ray_options in ({"ahead_s": 0}, AHEAD):
+        with running(cluster, quick, ray=ray_options, **config) as run:
+            asked = mock.Mock(side_effect=run.engine._run_all)
+            run.engine._run_all = asked
+            run.end()
+        calls.append([len(call.args[0]) for call in asked.call_args_list])
+        records.append(pandas.DataFrame(run.records))
+    each, ahead = records
+    assert sum(calls[0]) == sum(calls[1]) == len(calls[0])
+    assert len(calls[1]) == 3  # the first segment, up to the evaluation, to the end
+    assert ahead.drop(columns="time_s").equals(each.drop(columns="time_s"))
+    for frame in records:
+        assert frame.time_s.is_monotonic_increasing
+        assert frame.time_s.is_unique  # each when it was over, not when it was heard of
 
 
 @pytest.mark.slow

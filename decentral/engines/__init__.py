@@ -20,7 +20,8 @@ class Interrupted(WorkerError):
     lost: of each worker that is gone, by number, what became of it and at which step. what: the
     same in a line, or, where nobody is gone, who failed to hear from whom. The others exchange
     nothing before a `regroup`. report: of a segment, what those that are left did; they are all at
-    its `stop`. whole: that was all there was to do.
+    its `stop`, which may be beyond the segment's where others were to follow. whole: that was all
+    there was to do.
     """
 
     def __init__(
@@ -44,6 +45,8 @@ class Engine(Protocol):
     comes first, and then what was cut short may be asked for again.
     """
 
+    ahead_s: float  # for so long it wants to be told `ahead`
+
     @property
     def members(self) -> tuple[int, ...]:
         """The workers that are there, by number, sorted."""
@@ -53,8 +56,12 @@ class Engine(Protocol):
         """Measured seconds of a local step of each worker, [n]; moves nothing on."""
         ...
 
-    def run(self, segment: Segment) -> Report:
-        """Run a segment on all workers and wait for it."""
+    def run(self, segment: Segment, ahead: Sequence[Segment] = ()) -> Report:
+        """Run a segment on all workers and wait for it.
+
+        ahead: what will be asked for after it, one by one and with nothing else of the workers'
+        state in between, unless it is Interrupted. An engine may begin it at once.
+        """
         ...
 
     def regroup(self, members: Sequence[int], new: Sequence[int] = ()) -> None:

@@ -11,10 +11,12 @@ import os
 import secrets
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from typing import Any, TypeVar
+from functools import reduce
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import psutil
@@ -27,11 +29,11 @@ from decentral import placement
 from decentral.actor import Actor
 from decentral.config import Config, RayConfig
 from decentral.engines import Interrupted
-from decentral.engines.worker import Group, Surroundings, Worker
+from decentral.engines.worker import Group, Outcome, Surroundings, Worker
 from decentral.errors import StepError, UserError, WorkerError
 from decentral.experiment import Experiment
 from decentral.peer import PeerError
-from decentral.replica import Averaging, Report, Segment
+from decentral.replica import Averaging, Report, Segment, followed
 from decentral.storage import Storage, StorageError, Written, all_written
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,17 @@ T = TypeVar("T")
 OVERDUE_S = 30.0  # that a worker has at least to answer after another one has
 STARTS = 3  # attempts to start Ray
 CHECK_S = 2.0  # how often to look whether the cluster has room for more workers
+
+
+class _Came(NamedTuple):
+    """What came of a segment: of each worker its outcome, and, of one that is cut short, those of
+    the segments after it that the worker has been in. `lost`: who is gone; known with the last.
+    The call that asked for the segment was made at `began`."""
+
+    segment: Segment
+    outcomes: dict[int, list[Outcome | StepError]]
+    lost: dict[int, str]
+    began: float
 
 
 class RayEngine:
@@ -64,9 +77,11 @@ class RayEngine:
         self._on_cpu: set[int] = set()  # workers without a GPU, where the others have some
         self._bytes: dict[int, int] = {}  # that each worker has sent; -1: those that are gone
         self._saving: tuple[int, ...] = ()  # the workers of the last checkpoint
+        self._came: deque[_Came] = deque()  # of segments that are yet to be asked for
         self._settled = False  # whether a segment has come back whole since workers came
         self._slow = 0  # attempts in a row to connect them that took too long
         config = experiment.config
+        self.ahead_s = config.ray.ahead_s
         self._cluster = connect(config.ray, config.workers)
         try:
             if self._owns_actors:
@@ -89,24 +104,33 @@ class RayEngine:
         mean = float(np.mean(list(seconds.values())))  # for workers that are yet to come
         return np.array([seconds.get(i, mean) for i in range(self._experiment.config.workers)])
 
-    def run(self, segment: Segment) -> Report:
-        calls = {worker: actor.run.remote(segment) for worker, actor in self._actors.items()}
-        outcomes, lost, failures = self._settle(calls, segment)
-        failures += [o.failure for o in outcomes.values() if o.failure is not None]
-        reports = {worker: outcome.report for worker, outcome in outcomes.items()}
+    def run(self, segment: Segment, ahead: Sequence[Segment] = ()) -> Report:
+        if not self._came:
+            self._came.extend(self._run_all([segment, *ahead]))
+        of, came, lost, began = self._came.popleft()
+        assert segment == of, "what was said ahead is what is asked for"
+        outcomes = {w: [o for o in each if isinstance(o, Outcome)] for w, each in came.items()}
+        failures = [o.failure for each in outcomes.values() for o in each if o.failure is not None]
+        errors = {w: each[-1] for w, each in came.items() if isinstance(each[-1], StepError)}
+        self._check(errors, lost, failures, segment)
+        reports = {w: reduce(followed, [o.report for o in each]) for w, each in outcomes.items()}
         if not lost and not failures:
             self._settled = True
-            return self._joined(reports)
+            ended = began + max(each[0].after_s for each in outcomes.values())
+            return replace(self._joined(reports), ended=ended)
         what = self._told(lost, failures, segment)
         if failures:
-            sound = [o.report for o in outcomes.values() if o.failure is None]
+            sound = [w for w, each in outcomes.items() if each[-1].failure is None]
+            deviation, drift = (
+                _concatenated([getattr(reports[worker], name) for worker in sound])
+                for name in ("deviation", "drift")
+            )
             reports = self._caught_up(reports, segment, lost)
             if reports:
-                joined = self._joined(reports)
                 report = replace(
-                    joined,
-                    deviation=_concatenated([r.deviation for r in sound]),
-                    drift=_concatenated([r.drift for r in sound]),
+                    self._joined(reports),
+                    deviation=deviation,
+                    drift=drift,
                     moved=None,
                     gradient_square=None,
                     variance=None,
@@ -114,6 +138,17 @@ class RayEngine:
                 raise Interrupted(lost, what, report)
         joined = self._joined(reports) if reports else None
         raise Interrupted(lost, what, joined, whole=not failures)
+
+    def _run_all(self, segments: Sequence[Segment]) -> Iterator[_Came]:
+        """What comes of segments, up to the first that is cut short."""
+        began = time.perf_counter()
+        calls = {worker: actor.run_all.remote(segments) for worker, actor in self._actors.items()}
+        ran, lost, _ = self._settle(calls)
+        sound = min((sum(map(_sound, each)) for each in ran.values()), default=0)
+        last = min(sound, len(segments) - 1)
+        for number, segment in enumerate(segments[:last]):
+            yield _Came(segment, {w: [each[number]] for w, each in ran.items()}, {}, began)
+        yield _Came(segments[last], {w: each[last:] for w, each in ran.items()}, lost, began)
 
     def _caught_up(
         self, reports: dict[int, Report], segment: Segment, lost: dict[int, str]
@@ -138,9 +173,8 @@ class RayEngine:
         }
         outcomes, more, _ = self._settle(behind, alone)
         lost |= more
-        for worker, (report, _) in outcomes.items():
-            loss = reports[worker].loss + report.loss
-            reports[worker] = replace(report, loss=loss)
+        for worker, outcome in outcomes.items():
+            reports[worker] = followed(reports[worker], outcome.report)
         return {worker: report for worker, report in reports.items() if worker not in lost}
 
     def regroup(self, members: Sequence[int], new: Sequence[int] = ()) -> None:
@@ -420,6 +454,17 @@ class RayEngine:
                     errors[worker] = cause
         for worker, what in lost.items():
             lost[worker] = f"{self._name(worker)} {what}"
+        self._check(errors, lost, failures, segment)
+        return results, lost, failures
+
+    def _check(
+        self,
+        errors: Mapping[int, Exception],
+        lost: dict[int, str],
+        failures: list[PeerError],
+        segment: Segment | None,
+    ) -> None:
+        """Raise WorkerError where a worker failed by an error of its own."""
         if errors and lost:
             raise WorkerError(self._told(lost, failures, segment))
         if errors:
@@ -427,7 +472,6 @@ class RayEngine:
             if isinstance(error, StepError):
                 raise WorkerError(f"worker {worker} failed at step {error.step}: {error.reason}")
             raise WorkerError(f"worker {worker} failed: {type(error).__name__}: {error}")
-        return results, lost, failures
 
     def _name(self, worker: int) -> str:
         """A worker, and where it is or was."""
@@ -476,6 +520,10 @@ class RayEngine:
             lr=reports[0].lr,
             next_lr=reports[0].next_lr,
         )
+
+
+def _sound(outcome: Outcome | StepError) -> bool:
+    return isinstance(outcome, Outcome) and outcome.failure is None
 
 
 def _concatenated(values: list[np.ndarray | None]) -> np.ndarray | None:

@@ -24,6 +24,8 @@ FILE = "workers.pt"  # of a checkpoint
 class Simulator:
     """An Engine. One Replica holds [n, D]; mixing is a matrix product."""
 
+    ahead_s = 0.0
+
     def __init__(self, experiment: Experiment):
         keep_freed_memory()
         self._experiment = experiment
@@ -68,7 +70,7 @@ class Simulator:
         config = self._experiment.config
         return np.full(config.workers, step_seconds(self._experiment, config.sim.device))
 
-    def run(self, segment: Segment) -> Report:
+    def run(self, segment: Segment, ahead: Sequence[Segment] = ()) -> Report:
         return self.replica.run(segment)
 
     def regroup(self, members: Sequence[int], new: Sequence[int] = ()) -> None:

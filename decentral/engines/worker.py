@@ -7,8 +7,9 @@ can run it in any process.
 import os
 import socket
 import sys
+import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -75,10 +76,14 @@ class Group(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What came of a segment; `failure`: an exchange that failed in it, after which it stopped."""
+    """What came of a segment; `failure`: an exchange that failed in it, after which it stopped.
+
+    after_s: the call that asked for it began so long before.
+    """
 
     report: Report
     failure: PeerError | None
+    after_s: float = 0.0
 
 
 class Worker:
@@ -247,6 +252,24 @@ class Worker:
         if comm.failure is not None:
             self.leave()
         return Outcome(report, comm.failure)
+
+    def run_all(self, segments: Sequence[Segment]) -> list[Outcome | StepError]:
+        """Run segments one after the other, up to one that is cut short, or the step's own error.
+
+        The workers do not wait for each other in between, but for what each exchange waits for.
+        """
+        began = time.perf_counter()
+        outcomes: list[Outcome | StepError] = []
+        for segment in segments:
+            try:
+                outcome = self.run(segment)
+            except StepError as error:
+                outcomes.append(error)
+                break
+            outcomes.append(outcome._replace(after_s=time.perf_counter() - began))
+            if outcome.failure is not None:
+                break
+        return outcomes
 
     def blank(self) -> dict[str, Any]:
         """What one that comes to these workers takes for its state, before it has their mean."""
