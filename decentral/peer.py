@@ -176,15 +176,17 @@ class PeerComm:
     def _start_mix_(self, x: Tensor, step: int, ahead: int | None) -> Finish:
         size = PIECE_BYTES // x.element_size() if self._host else len(x)
         own_weight, arriving = self._start_messages(x, step, size, ahead)
+        # Where the worker waits for the pieces it mixes each while the next ones come.
+        at_once = self._on_gpu or ahead is None
 
         def finish(own: Tensor) -> None:
             parts = list(zip(pieces_of(own, size), pieces_of(x, size), strict=True))
             kept: list[Tensor] = []  # what parts were that are mixed
             try:
-                heard = self._all(arriving) if self._on_gpu else arriving
+                heard = self._all(arriving) if at_once else arriving
                 for number, others in enumerate(heard):
                     part, sent = parts[number]
-                    if not self._on_gpu and number < len(parts) - 1:  # the next may yet fail
+                    if not at_once and number < len(parts) - 1:  # the next may yet fail
                         kept.append(self._keep(part, others))
                     self._mix_part(part, None if own is x else sent, own_weight, others)
             finally:

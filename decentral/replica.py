@@ -216,6 +216,7 @@ class Replica:
         self._recording = self._watching = self._measuring = self._drifting = False
         self._load = 1.0
         self._begun: Callable[[], None] | None = None  # an averaging that `begin` began
+        self._sent: Tensor | None = None  # x where it began, kept for the next time
         self._deviation: Tensor | None = None
         self._drift: Tensor | None = None
         self._moved: Tensor | None = None
@@ -421,7 +422,8 @@ class Replica:
         """Begin the averaging of the next step, the only one of `segment`: what `start_average` of
         its rule is then. For a loop that has the step's gradient before it asks for the step."""
         self._enter(segment, segment.start)
-        self._begun = self._start_average(self.x.clone(), self.shared_buffers.clone())
+        self._sent = self.x.clone() if self._sent is None else self._sent.copy_(self.x)
+        self._begun = self._start_average(self._sent, self.shared_buffers.clone())
 
     def leave_off(self) -> None:
         """End what `begin` began, and leave the model as it is."""
