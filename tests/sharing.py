@@ -4,6 +4,7 @@ A start takes seconds, and so does each worker's process: both are there for the
 the first test that asks.
 """
 
+from contextlib import ExitStack
 from typing import Any
 
 CPUS = 10  # logical; what a run's own actors take besides the shared ones
@@ -14,14 +15,16 @@ class SharedCluster:
 
     def __init__(self) -> None:
         self._actors: list[Any] = []
+        self._nursery = ExitStack()
 
     def up(self) -> "SharedCluster":
         import ray  # not for tests that need none
 
         from decentral.engines.ray import start_cluster
+        from decentral.nursery import nursery
 
         if not ray.is_initialized():
-            start_cluster(CPUS)
+            start_cluster(CPUS, executable=self._nursery.enter_context(nursery()))
         return self
 
     def down(self) -> None:
@@ -30,6 +33,7 @@ class SharedCluster:
         self._actors = []
         if ray.is_initialized():
             ray.shutdown()
+        self._nursery.close()
 
     def actors(self, workers: int) -> list[Any]:
         """So many actors: those that earlier tests have left alive, and new ones."""

@@ -13,7 +13,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import reduce
 from typing import Any, NamedTuple, TypeVar
@@ -32,6 +32,7 @@ from decentral.engines import Interrupted
 from decentral.engines.worker import Group, Outcome, Surroundings, Worker
 from decentral.errors import StepError, UserError, WorkerError
 from decentral.experiment import Experiment
+from decentral.nursery import nursery
 from decentral.peer import PeerError
 from decentral.replica import Averaging, Report, Segment, followed
 from decentral.storage import Storage, StorageError, Written, all_written
@@ -601,13 +602,16 @@ def connect(config: RayConfig, workers: int, logs: bool = True) -> ExitStack:
             cluster.enter_context(_token())
             # More logical CPUs than there are: a laptop may hold more workers than it has cores.
             cpus = max(os.cpu_count() or 1, math.ceil(workers * config.cpus_per_worker))
-            start_cluster(cpus, logs)
+            executable = cluster.enter_context(nursery())
+            start_cluster(cpus, logs, executable)
             cluster.callback(ray.shutdown)
         return cluster.pop_all()
 
 
-def start_cluster(cpus: int, logs: bool = True) -> None:
+def start_cluster(cpus: int, logs: bool = True, executable: str | None = None) -> None:
     """Start a cluster on this machine's loopback interface alone, and join it.
+
+    executable: what runs its workers in place of Python (`nursery`).
 
     Raises WorkerError if it does not come up. Ray waits 30 s for its processes, which is not long
     on a machine that is busy, so there are several attempts; what one has started ends with it.
@@ -615,7 +619,7 @@ def start_cluster(cpus: int, logs: bool = True) -> None:
     for attempt in range(1, STARTS + 1):
         before = set(psutil.Process().children())
         try:
-            with _on_loopback():
+            with _on_loopback(), _none_beforehand() if executable else nullcontext():
                 ray.init(
                     address="local",
                     num_cpus=cpus,
@@ -623,6 +627,7 @@ def start_cluster(cpus: int, logs: bool = True) -> None:
                     logging_level=logging.ERROR,
                     log_to_driver=logs,
                     object_store_memory=128 * 2**20,
+                    runtime_env={"py_executable": executable} if executable else None,
                 )
             return
         except Exception as error:  # Ray raises that very class, among others
@@ -695,6 +700,22 @@ def _on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _none_beforehand() -> Iterator[None]:
+    """Ray starts no workers before it is asked for any.
+
+    Those would be outside the runtime environment that names the executable, and of no use.
+    """
+    name = "RAY_prestart_worker_first_driver"
+    theirs = name in os.environ
+    os.environ.setdefault(name, "0")
+    try:
+        yield
+    finally:
+        if not theirs:
+            del os.environ[name]
 
 
 def _reach(address: str) -> None:
