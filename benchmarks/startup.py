@@ -225,14 +225,18 @@ def at_zero(points: list[tuple[float, float]]) -> float:
 
 
 def processor_s() -> dict[str, float]:
-    """Seconds of processor time so far: of this process, of the workers together, of each of Ray's
-    own processes."""
+    """Seconds of processor time so far: of this process, of the one that workers are forked from,
+    of the workers together, of Ray's own processes."""
     own = psutil.Process()
-    found = {"driver": sum(own.cpu_times()[:2]), "workers": 0.0, "ray": 0.0}
+    found = {"driver": sum(own.cpu_times()[:2])}
     for process in own.children(recursive=True):
         try:
-            kind = "workers" if process.cmdline()[0].startswith("ray::Actor") else "ray"
-            found[kind] += sum(process.cpu_times()[:2])
+            line = process.cmdline()
+            if "decentral.nursery" in line:
+                kind = "nursery"
+            else:
+                kind = "workers" if line[0].startswith("ray::Actor") else "ray"
+            found[kind] = found.get(kind, 0.0) + sum(process.cpu_times()[:2])
         except (psutil.Error, IndexError):
             continue  # over, or about to be
     return found

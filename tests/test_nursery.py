@@ -142,6 +142,7 @@ with nursery() as line:
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as driver:
+        assert driver.stdout is not None
         address = shlex.split(driver.stdout.readline())[-1]
         there = nursery_of(psutil.Process(driver.pid))
         driver.kill()

@@ -23,6 +23,7 @@ import psutil
 import ray
 from ray._private import ray_constants
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.runtime_env import RuntimeEnv
 from torch import Tensor
 
 from decentral import placement
@@ -602,7 +603,9 @@ def connect(config: RayConfig, workers: int, logs: bool = True) -> ExitStack:
             cluster.enter_context(_token())
             # More logical CPUs than there are: a laptop may hold more workers than it has cores.
             cpus = max(os.cpu_count() or 1, math.ceil(workers * config.cpus_per_worker))
-            executable = cluster.enter_context(nursery())
+            # An older Ray, such as 2.40, runs nothing but Python.
+            forks = "py_executable" in RuntimeEnv.known_fields
+            executable = cluster.enter_context(nursery()) if forks else None
             start_cluster(cpus, logs, executable)
             cluster.callback(ray.shutdown)
         return cluster.pop_all()
