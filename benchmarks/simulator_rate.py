@@ -3,9 +3,10 @@
 Gossip-PGA with period 8 on a ring, SGD with momentum, float32: an MLP and a CNN on digits, split
 iid, batch 32, and the small GPT on random text, batch 8, all as decentral has them. Beside it one
 plain torch training step of ONE model on the samples of all workers: what they cost where nobody
-has a model of their own; and the simulator with its workers one by one. The three alternate, and a
-ratio is the median over rounds, so that a busy machine slows all; the same ratios of processor time
-are there for a machine so busy that the clock tells little.
+has a model of their own; and the simulator with its workers one by one, and with half and twice as
+many at once as it takes by itself. All alternate, and a ratio is the median over rounds, so that a
+busy machine slows all; the same ratios of processor time are there for a machine so busy that the
+clock tells little.
 
     python benchmarks/simulator_rate.py --out benchmarks/results/simulator_rate.json
 
@@ -13,6 +14,7 @@ Also where a simulated step goes: its parts, each timed alone. Nothing here is a
 """
 
 import copy
+import math
 import os
 import random
 import statistics
@@ -68,7 +70,7 @@ def main(
     workers, models = workers or [8, 64, 256], models or list(TASKS)
     torch.set_num_threads(threads)
     started = os.getloadavg()[0]
-    console = Console(width=120)
+    console = Console(width=150)
     with tempfile.TemporaryDirectory() as folder:
         text = random_text(Path(folder), CHARACTERS * max(workers))
         with console.status("timing"):
@@ -97,14 +99,17 @@ def measure(model: str, n: int, text: str, repeats: int, seconds: float) -> dict
     task = TASKS[model] | ({"file": text} if model == "gpt" else {})
     experiment = build(load(CONFIG | {"workers": n, "task": task}))
     steps = max(1, min(PERIOD, WORKER_STEPS[model] // n))
-    stacked, one_by_one = Simulator(experiment), Simulator(experiment)
+    stacked = Simulator(experiment)
     chunk = gradient_of(stacked).chunk
-    gradient_of(one_by_one).chunk = 1
+    others = {"one by one": 1, "half": math.ceil(chunk / 2), "twice": min(n, 2 * chunk)}
     halves = {
         "simulated": simulation(stacked, steps),
         "single": single_model(experiment, steps),
-        "one by one": simulation(one_by_one, steps),
     }
+    for name, at_once in others.items():
+        simulator = Simulator(experiment)
+        gradient_of(simulator).chunk = at_once
+        halves[name] = simulation(simulator, steps)
     for half in halves.values():  # to warm up
         half()
     wall_s: dict[str, list[float]] = {name: [] for name in halves}
@@ -132,6 +137,11 @@ def measure(model: str, n: int, text: str, repeats: int, seconds: float) -> dict
         "cpu_ratio": ratio(cpu_s["simulated"], cpu_s["single"]),
         "one_by_one_ratio": ratio(wall_s["one by one"], wall_s["single"]),
         "one_by_one_cpu_ratio": ratio(cpu_s["one by one"], cpu_s["single"]),
+        **{
+            f"{name}_{of}ratio": ratio(times[name], times["simulated"])
+            for name in ("half", "twice")
+            for of, times in (("", wall_s), ("cpu_", cpu_s))
+        },
         "parts_ms": parts(experiment, max(3, min(40, int(seconds / step_s / 4)))),
     }
 
@@ -232,11 +242,13 @@ def table(rows: list[dict[str, Any]], threads: int) -> Table:
         caption="once: workers that a pass takes at once. step: ms of a simulated step; cpu: its "
         "processor time; rate: worker-steps/s. single: ms of a plain training step of one model on "
         "the samples of all workers; ratio: step / single, median of rounds; loop: the same with "
-        "workers one by one; in brackets those of processor time. Then ms of each part, timed "
+        "workers one by one; half, twice: a step with so many at once / with as many as it takes "
+        "by itself; in brackets those of processor time. Then ms of each part, timed "
         f"alone: draw, gradient, optimizer, mix (1/{PERIOD} of it a global average).",
         box=box.SIMPLE_HEAD,
     )
     names = ("model", "n", "once", "step", "cpu", "rate", "single", "ratio", "loop")
+    names += ("half", "twice")
     for name in (*names, "draw", "grad", "optim", "mix"):
         grid.add_column(name, justify="right", no_wrap=True)
     for row in rows:
@@ -250,6 +262,8 @@ def table(rows: list[dict[str, Any]], threads: int) -> Table:
             f"{row['single_model_ms']:.2f}",
             f"{row['ratio']:.2f} ({row['cpu_ratio']:.2f})",
             f"{row['one_by_one_ratio']:.2f} ({row['one_by_one_cpu_ratio']:.2f})",
+            f"{row['half_ratio']:.2f} ({row['half_cpu_ratio']:.2f})",
+            f"{row['twice_ratio']:.2f} ({row['twice_cpu_ratio']:.2f})",
             *(f"{ms:.2f}" for ms in row["parts_ms"].values()),
         )
     return grid

@@ -35,14 +35,17 @@ log = logging.getLogger(__name__)
 
 Mode = Literal["set", "add", "none"]  # what becomes of a micro-batch's gradient
 
-# What the workers of one pass keep until they are through, together: more of them would hardly save
-# any more of what a pass costs by itself, and would leave the processor's caches. A constant, where
-# a timing at the start of a run would find the best: with who goes together change the model's own
-# draws, and rounding where a worker goes alone, so that two runs of one seed would not be the same.
-PASS_BYTES = {"cpu": 2**25, "cuda": 2**33}
-# Stacked convolutions become one grouped convolution, which slows down with many groups: on a CPU
-# above 16, while an H200 takes 64 in a third of the time of four times 16 (benchmarks/gpu_rate.py).
-CHUNK_WORKERS_WITH_CONVOLUTIONS = {"cpu": 16, "cuda": 64}
+# How many workers one pass takes: what autograd keeps of them all, and the largest tensor among it,
+# which the next operation reads. More would hardly save any more of what a pass costs by itself,
+# and would leave the processor's caches. Constants, where a timing at the start of a run would find
+# the best: with who goes together change the model's own draws, and rounding where a worker goes
+# alone, so that two runs of one seed would not be the same. benchmarks/simulator_rate.py has half
+# and twice as many beside it.
+PASS_BYTES = {"cpu": 2**27, "cuda": 2**33}
+TENSOR_BYTES = {"cpu": 5 * 2**22, "cuda": 2**33}
+# Stacked convolutions become one grouped convolution, which slows down with many groups: an H200
+# takes 64 in a third of the time of four times 16 (benchmarks/gpu_rate.py).
+CHUNK_WORKERS_WITH_CONVOLUTIONS = 64
 
 
 class Layout:
@@ -83,8 +86,9 @@ class FlatModel:
         self.dtype = dtype
         self.device = device
         self.takes_vmap: bool | None = None  # until somebody has tried
-        # What a stacked worker's pass keeps, and for each sample; known where vmap was tried.
-        self.pass_bytes = self.sample_bytes = 0
+        # What a stacked worker's pass keeps, the largest of it, and what it keeps for each sample;
+        # known where vmap was tried.
+        self.pass_bytes = self.tensor_bytes = self.sample_bytes = 0
         trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         floating = {name: b for name, b in module.named_buffers() if b.is_floating_point()}
         self.parameters = Layout(trainable)
@@ -405,7 +409,9 @@ class StackedGradient:
             log.warning("vmap cannot take this model, so workers run one by one: %s", reason)
             return False
         del loss
-        self._model.pass_bytes = sum(kept.values()) + self.value[0].nbytes  # which copies gradients
+        gradient = self.value[0].nbytes  # to which the gradients are copied
+        self._model.pass_bytes = sum(kept.values()) + gradient
+        self._model.tensor_bytes = max(gradient, *kept.values())
         self._model.sample_bytes = math.ceil(sum(kept.values()) / len(batch[0][0]))
         return True
 
@@ -435,13 +441,18 @@ class WeightFirst(TorchFunctionMode):
 def workers_at_once(model: FlatModel, n: int) -> int:
     """How many of n workers a stacked pass takes: a function of the model and its batch alone.
 
-    About PASS_BYTES of what autograd keeps, at least one worker, and no more than
-    CHUNK_WORKERS_WITH_CONVOLUTIONS where there are any; the n in as equal parts as can be.
+    As many as PASS_BYTES of what autograd keeps and TENSOR_BYTES of the largest tensor hold, at
+    least one, and no more than CHUNK_WORKERS_WITH_CONVOLUTIONS where there are any; the n in as
+    equal parts as can be.
     """
-    most = max(1, PASS_BYTES[model.device] // max(1, model.pass_bytes))
+    device = model.device
+    most = min(
+        PASS_BYTES[device] // max(1, model.pass_bytes),
+        TENSOR_BYTES[device] // max(1, model.tensor_bytes),
+    )
     if any(isinstance(m, nn.modules.conv._ConvNd) for m in model.module.modules()):
-        most = min(most, CHUNK_WORKERS_WITH_CONVOLUTIONS[model.device])
-    return math.ceil(n / math.ceil(n / most))
+        most = min(most, CHUNK_WORKERS_WITH_CONVOLUTIONS)
+    return math.ceil(n / math.ceil(n / max(1, most)))
 
 
 def lower_precision(autocast: str | None, device: str) -> torch.autocast:

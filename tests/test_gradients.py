@@ -144,9 +144,14 @@ def assert_close(one, other):
     torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("workers", [1, 3, CHUNK_WORKERS_WITH_CONVOLUTIONS["cpu"] + 2])
+@pytest.fixture
+def sixteen_at_once(monkeypatch):
+    monkeypatch.setattr("decentral.gradients.CHUNK_WORKERS_WITH_CONVOLUTIONS", 16)
+
+
+@pytest.mark.parametrize("workers", [1, 3, 18])
 @pytest.mark.parametrize("name", MODELS)
-def test_stacked_gradients_are_those_of_each_worker(name, workers):
+def test_stacked_gradients_are_those_of_each_worker(name, workers, sixteen_at_once):
     """Losses, gradients, running statistics and counters, at parameters that differ."""
     stacked, model = gradient_of(name, list(range(workers)))
     assert model.takes_vmap == MODELS[name][2]
@@ -189,8 +194,8 @@ def test_stacked_weights_get_their_gradients_as_they_lie_in_memory(bias):
 
 @pytest.mark.parametrize("options", [{}, {"accumulate": 3, "clip_norm": 0.05}])
 @pytest.mark.parametrize("name", ["tied and frozen", "normed cnn", "branching"])
-def test_gradients_of_some_workers_each_at_its_own_step(name, options):
-    workers = CHUNK_WORKERS_WITH_CONVOLUTIONS["cpu"] + 3
+def test_gradients_of_some_workers_each_at_its_own_step(name, options, sixteen_at_once):
+    workers = 19
     stacked, _ = gradient_of(name, list(range(workers)), **options)
     generator = torch.Generator().manual_seed(2)
     stacked.parameters += 0.1 * torch.randn(
@@ -268,10 +273,15 @@ def test_who_goes_together_does_not_matter(name, chunk):
 def test_workers_at_once_by_hand():
     _, model = gradient_of("mlp", [0, 1])
     _, convolving = gradient_of("cnn", [0, 1])
-    cap = CHUNK_WORKERS_WITH_CONVOLUTIONS["cpu"]
-    for each, n, expected in [(2**22, 8, 8), (2**22, 9, 5), (2**22 + 1, 8, 4), (2**30, 3, 1)]:
+    cap = CHUNK_WORKERS_WITH_CONVOLUTIONS
+    model.tensor_bytes = 1
+    for each, n, expected in [(2**24, 8, 8), (2**24, 9, 5), (2**24 + 1, 8, 4), (2**30, 3, 1)]:
         model.pass_bytes = each
-        assert workers_at_once(model, n) == expected  # 2^25 bytes are those of eight
+        assert workers_at_once(model, n) == expected  # 2^27 bytes are those of eight
+    model.pass_bytes = 1
+    for each, n, expected in [(5 * 2**19, 8, 8), (5 * 2**19, 9, 5), (5 * 2**19 + 1, 8, 4)]:
+        model.tensor_bytes = each
+        assert workers_at_once(model, n) == expected  # and 5 2^22 of the largest tensor
     assert workers_at_once(convolving, cap + 1) == cap // 2 + 1
 
 
@@ -281,6 +291,7 @@ def test_what_a_worker_keeps_follows_from_shapes_alone():
     numbers = BATCH * (6 + 5 + 3)  # inputs, after ReLU, after log-softmax
     targets = BATCH  # int64
     assert numbers + 5 * 3 + len(model.x) <= model.pass_bytes / 8 <= numbers + 15 + 53 + 3 * targets
+    assert model.tensor_bytes == 8 * max(len(model.x), BATCH * 6)
     for other in (list(range(7)), [4, 2, 9]):  # other workers, samples and numbers of them
         assert gradient_of("mlp", other)[1].pass_bytes == model.pass_bytes
     whole, halved = (
@@ -486,7 +497,7 @@ def test_a_step_finds_the_memory_of_the_last_one():
 def test_a_pass_of_many_workers_is_bounded_in_memory():
     """[n, D] for parameters and gradient; of what a pass needs, PASS_BYTES."""
     _, model = gradient_of("mlp", [0, 1])
-    most = PASS_BYTES["cpu"]
+    most, model.tensor_bytes = PASS_BYTES["cpu"], 1
     for each in (10**3, 10**6, 2 * 10**7, 10**9):
         model.pass_bytes = each
         for n in (1, 7, 64, 1000):
