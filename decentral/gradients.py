@@ -411,7 +411,7 @@ class StackedGradient:
         del loss
         gradient = self.value[0].nbytes  # to which the gradients are copied
         self._model.pass_bytes = sum(kept.values()) + gradient
-        self._model.tensor_bytes = max(gradient, *kept.values())
+        self._model.tensor_bytes = max([gradient, *kept.values()])
         self._model.sample_bytes = math.ceil(sum(kept.values()) / len(batch[0][0]))
         return True
 

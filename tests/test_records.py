@@ -306,7 +306,7 @@ def test_a_run_that_fails_keeps_its_records_and_says_so(small, tmp_path):
 
 
 def test_the_reason_of_a_failure_is_in_the_summary(small, tmp_path, monkeypatch):
-    def fail(self, segment):
+    def fail(self, *segments):
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(Simulator, "run", fail)
