@@ -122,17 +122,13 @@ class RayEngine:
             return replace(self._joined(reports), ended=ended)
         what = self._told(lost, failures, segment)
         if failures:
-            sound = [w for w, each in outcomes.items() if each[-1].failure is None]
-            deviation, drift = (
-                _concatenated([getattr(reports[worker], name) for worker in sound])
-                for name in ("deviation", "drift")
-            )
+            sound = [reports[w] for w, each in outcomes.items() if each[-1].failure is None]
             reports = self._caught_up(reports, segment, lost)
             if reports:
                 report = replace(
                     self._joined(reports),
-                    deviation=deviation,
-                    drift=drift,
+                    deviation=_concatenated([r.deviation for r in sound]),
+                    drift=_concatenated([r.drift for r in sound]),
                     moved=None,
                     gradient_square=None,
                     variance=None,
