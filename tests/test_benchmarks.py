@@ -184,6 +184,7 @@ def test_the_parts_of_a_start_are_all_of_it_and_a_segment_costs_what_its_line_sa
     start, rows = result["start"], result["steering"]
     assert sum(start["parts_s"].values()) == pytest.approx(start["seconds"], rel=1e-2)
     assert all(seconds > 0 for seconds in start["processor_s"].values())
+    assert ("nursery" in start["processor_s"]) == (sys.platform == "linux")
     (short, short_ms), (long, long_ms) = ((row["steps"], row["segment_ms"]) for row in rows)
     assert (short, long) == (1, 5)
     at_zero = short_ms - (long_ms - short_ms) / 4
