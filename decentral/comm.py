@@ -36,6 +36,14 @@ Pending = Callable[[], Tensor]
 Finish = Callable[[Tensor], None]
 
 
+class PendingMean(Protocol):
+    """A mean under way."""
+
+    def __call__(self, into: Tensor | None = None) -> Tensor:
+        """A new tensor; or `into`, which is overwritten: what was averaged, or like it."""
+        ...
+
+
 def as_it_is(message: Tensor) -> Tensor:
     """The decoder of a message that is no code."""
     return message
@@ -95,7 +103,7 @@ class Comm(Protocol):
         """
         ...
 
-    def start_mean(self, x: Tensor, step: int, counted: bool = True) -> Pending: ...
+    def start_mean(self, x: Tensor, step: int, counted: bool = True) -> PendingMean: ...
 
     def mean_of_others(self, x: Tensor, new: Tensor) -> Tensor:
         """The mean of x over the workers that are not `new`, bool [...]; it broadcasts against x.
@@ -112,7 +120,7 @@ class Comm(Protocol):
         """The mean of x over the worker's own group, a new tensor like x."""
         ...
 
-    def start_mean_of_group(self, x: Tensor, step: int) -> Pending: ...
+    def start_mean_of_group(self, x: Tensor, step: int) -> PendingMean: ...
 
     # A message of its own for each neighbour, on an undirected static graph: "per link" tensors
     # are [links, M], a row for each (worker, neighbour) in this order, or [neighbours, M].
@@ -258,8 +266,8 @@ class StackedComm:
             self.events.append(Event("everyone", step, nbytes(x[0])))
         return x.mean(dim=0, keepdim=True)
 
-    def start_mean(self, x: Tensor, step: int, counted: bool = True) -> Pending:
-        return lambda: self.mean(x, step, counted=counted)
+    def start_mean(self, x: Tensor, step: int, counted: bool = True) -> PendingMean:
+        return _later(lambda: self.mean(x, step, counted=counted))
 
     def mean_of_others(self, x: Tensor, new: Tensor) -> Tensor:
         return x[~new].mean(dim=0, keepdim=True)
@@ -277,8 +285,8 @@ class StackedComm:
             mean[members] = x[members].mean(dim=0)
         return mean
 
-    def start_mean_of_group(self, x: Tensor, step: int) -> Pending:
-        return lambda: self.mean_of_group(x, step)
+    def start_mean_of_group(self, x: Tensor, step: int) -> PendingMean:
+        return _later(lambda: self.mean_of_group(x, step))
 
     def difference(self, x: Tensor, other: Tensor) -> Tensor:
         """What two workers that meet see: the other's x [D] minus one's own."""
@@ -309,6 +317,13 @@ class StackedComm:
         owner, other = owner[order].astype(np.int64), other[order]
         back = np.lexsort((owner, other))
         return torch.from_numpy(owner).to(self._device), torch.from_numpy(back).to(self._device)
+
+
+def _later(mean: Pending) -> PendingMean:
+    def finish(into: Tensor | None = None) -> Tensor:
+        return mean() if into is None else into.copy_(mean())
+
+    return finish
 
 
 def consecutive_groups(n: int, groups: int | None) -> list[np.ndarray]:

@@ -187,6 +187,7 @@ class ModuleGradient:
             return self._gradient(step)
 
     def _gradient(self, step: int) -> Tensor:
+        self.parameters.grad = self.value
         self.value.zero_()
         losses, square = [], 0.0
         for micro in self.batches.of(step):
@@ -282,6 +283,7 @@ class StackedGradient:
             log.info("%d of %d workers at once: each keeps %.3g MB", self.chunk, n, kept_mb)
 
     def __call__(self, step: int) -> Tensor:
+        self.parameters.grad = self.value
         self._square.zero_()
         losses = [self._pass(micro, mode) for micro, mode in self._micros(step)]
         if self.measures:

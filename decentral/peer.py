@@ -17,6 +17,7 @@ from decentral.comm import (
     Finish,
     History,
     Pending,
+    PendingMean,
     accumulation_dtype,
     all_reduce_bytes,
     as_it_is,
@@ -255,7 +256,7 @@ class PeerComm:
     def mean(self, x: Tensor, step: int, counted: bool = True) -> Tensor:
         return self.start_mean(x, step, counted)()
 
-    def start_mean(self, x: Tensor, step: int, counted: bool = True) -> Pending:
+    def start_mean(self, x: Tensor, step: int, counted: bool = True) -> PendingMean:
         return self._start_mean(x, step, None, counted)
 
     def mean_of_others(self, x: Tensor, new: Tensor) -> Tensor:
@@ -270,19 +271,26 @@ class PeerComm:
     def mean_of_group(self, x: Tensor, step: int) -> Tensor:
         return self.start_mean_of_group(x, step)()
 
-    def start_mean_of_group(self, x: Tensor, step: int) -> Pending:
+    def start_mean_of_group(self, x: Tensor, step: int) -> PendingMean:
         assert self._own_group is not None, "the method has groups"
         return self._start_mean(x, step, self._own_group, True)
 
     def _start_mean(
         self, x: Tensor, step: int, group: dist.ProcessGroup | None, counted: bool
-    ) -> Pending:
+    ) -> PendingMean:
         reduced = self._start_all_reduce(x, step, group=group, counted=counted)
         size = self.n if group is None else group.size()
 
-        def finish() -> Tensor:
+        def finish(into: Tensor | None = None) -> Tensor:
             total = reduced()
-            return x.clone() if total is None else total.div_(size).to(x)
+            if into is None:
+                return x.clone() if total is None else total.div_(size).to(x)
+            if total is None:
+                return into.copy_(x)
+            torch.div(total, size, out=into)
+            if not self._on_gpu:
+                self._give_back(total)
+            return into
 
         return finish
 
@@ -352,7 +360,7 @@ class PeerComm:
         if self.failure is not None:
             return _not_tried
         dtype = accumulation_dtype(x.dtype)
-        total = self._staged(x, dtype) if self._stages else x.to(dtype, copy=True)
+        total = self._copied(x, dtype)
         # The deadline goes with the operation: one that is only waited for less long than it
         # runs would keep the group from closing.
         options = dist.AllreduceOptions()
@@ -446,17 +454,19 @@ class PeerComm:
 
     def _outgoing(self, message: Tensor) -> Tensor:
         """The message where the backend takes it from: good until the next one is sent."""
-        return self._staged(message, message.dtype) if self._stages else message
+        return self._copied(message, message.dtype) if self._stages else message
 
-    def _staged(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """A copy of x in pinned host memory, which is to be given back.
+    def _copied(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy of x where the backend takes it from, which in host memory may be given back.
 
         It waits for the GPU to have copied x, and with it all that came before: so whoever then
         receives into pinned memory overwrites nothing that `_arrived` has yet to copy.
         """
-        copy = self._buffer(x.shape, dtype)
-        copy.copy_(x, non_blocking=True)
-        torch.cuda.current_stream(x.device).synchronize()
+        if not self._host:
+            return x.to(dtype, copy=True)
+        copy = self._buffer(x.shape, dtype).copy_(x, non_blocking=True)
+        if self._stages:
+            torch.cuda.current_stream(x.device).synchronize()
         return copy
 
     def _incoming(self, like: Tensor) -> Tensor:

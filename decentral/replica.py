@@ -62,13 +62,20 @@ class Gradient(Protocol):
     parameters: Tensor  # [..., D], trained in place
     buffers: Tensor  # [..., B], float buffers such as BatchNorm statistics; B may be 0
     counters: dict[str, Tensor]  # integer buffers, [..., *shape]
-    value: Tensor  # [..., D], the gradient that the last call left
     batches: Batches  # that a step takes
     measures: bool  # whether a call leaves `variance`, [...], of its batches' gradients
     variance: Tensor | None
 
+    @property
+    def value(self) -> Tensor:
+        """[..., D], the gradient that the last call left."""
+        ...
+
     def __call__(self, step: int) -> Tensor:
-        """Draw the batch of `step`, fill `value`, and return the losses, shape [...]."""
+        """Draw the batch of `step`, fill `value`, and return the losses, shape [...].
+
+        The optimizer of `parameters` finds the gradient where torch's do, in their `grad`.
+        """
         ...
 
     def losses(self, step: int) -> Tensor:
@@ -227,10 +234,23 @@ class Replica:
 
     def gradient(self) -> Tensor:
         """The stochastic gradient at x on this step's batch, [..., D]; overwritten by the next."""
+        self._take_gradient()
+        return self._gradient.value
+
+    def _take_gradient(self) -> None:
         self.count(self._gradient(self.step))
         if self._watching or self._measuring:
             self._gradient_square = squared_norm(self._gradient.value)
-        return self._gradient.value
+
+    def local_step(self) -> None:
+        """x <- x - gamma g(x): the local optimizer's step along the gradient of `gradient`."""
+        self.start_local_step()()
+
+    def start_local_step(self) -> Callable[[], None]:
+        """Take the gradient at x as it is: call what it returns to step along it, from x as it is
+        then."""
+        self._take_gradient()
+        return self.optimizer.step
 
     def losses(self) -> Tensor:
         """F_i(x_i) on this step's batch, [...], without a gradient; a rule `count`s what it is."""
@@ -284,8 +304,12 @@ class Replica:
         averaged = start(v, self.step)
 
         def finish(own: Tensor) -> None:
+            records = everyone and own is self.x and self._recording
+            if own is v and not records:
+                averaged(own)
+                return
             mean = averaged()
-            if own is self.x and everyone:
+            if records:
                 self.record(own, mean)
             if own is v:
                 own.copy_(mean)
@@ -317,7 +341,7 @@ class Replica:
     def mean_(self, v: Tensor) -> None:
         """v_i <- (1/n) sum_j v_j, whatever the schedule says."""
         if v.numel():
-            v.copy_(self.comm.mean(v, self.step))
+            self.comm.start_mean(v, self.step)(v)
 
     def least(self, v: Tensor) -> Tensor:
         """min_j v_j, element by element: it broadcasts against v."""

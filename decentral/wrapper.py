@@ -9,11 +9,10 @@ is: zero_grad, backward, step. A step is a step of a `Replica`, as on a worker o
 with the gradient that backward left in the place of a task's.
 """
 
-import copy
+import contextlib
+import inspect
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, Literal, cast
 
@@ -34,7 +33,7 @@ from decentral.errors import UserError
 from decentral.experiment import algorithm_of, common_key, topology_of, worker_keys
 from decentral.gradients import Layout
 from decentral.mixing import Mixing
-from decentral.optimizers import fuses, is_element_wise
+from decentral.optimizers import fuses
 from decentral.peer import Patience, PeerComm, own_group
 from decentral.replica import Replica, Segment, squared_distance
 from decentral.topology import Topology
@@ -54,8 +53,8 @@ def wrap(
     """An optimizer that averages `model` with the other workers' in each step.
 
     Every process of the default group calls it, with the same arguments but for the data, before
-    its first step; all start from the model of rank 0. `optimizer` must be element-wise, have all
-    parameters of the model that train, and be used through the returned one from here on.
+    its first step; all start from the model of rank 0. `optimizer` must have all parameters of the
+    model that train, and be used through the returned one from here on.
 
     algorithm, options: as in a config: "gossip_pga", period=8, or {"name": ..., "period": ...}.
     topology: a name, or as in a config: {"name": "torus"}, {"file": "wan12.gml"}.
@@ -123,15 +122,13 @@ class AveragingOptimizer(torch.optim.Optimizer):
         self._closed = True
         self.param_groups = optimizer.param_groups
         assert not isinstance(algorithm.rule, AsynchronousRule), "refused by wrap"
-        sizes = [sum(p.numel() for p in _trained(group)) for group in self.param_groups]
-        slices = list(gradient.parameters.split(sizes))
-        self._stepper = _FlatStepper(optimizer, slices)
+        self._stepper = _Stepper(optimizer, gradient)
         device = gradient.parameters.device
         self._replica = Replica(
             gradient,
             algorithm.rule,
             comm,
-            lambda flat: cast(torch.optim.Optimizer, self._stepper.of(*flat)),
+            lambda flat: cast(torch.optim.Optimizer, self._stepper),
             None,
             worker_keys(seed, torch.tensor(comm.rank)).to(device),
             common_key(seed).to(device),
@@ -194,7 +191,7 @@ class AveragingOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_step(loss)
-        self._gradient.collect()
+        self._gradient.check()
         if self._overflows():
             return loss
         if loss is not None:
@@ -231,7 +228,7 @@ class AveragingOptimizer(torch.optim.Optimizer):
             return True
         scale = getattr(self, "grad_scale", None)  # None where the gradients are unscaled
         if scale is not None:
-            self._gradient.value.div_(scale)
+            self._gradient.divide(scale)
         return False
 
     def _next_segment(self) -> Segment:
@@ -279,7 +276,7 @@ class AveragingOptimizer(torch.optim.Optimizer):
         distance = far * self._topology.disagreement(turn)
         self._algorithm.schedule.watch(step, distance, norm, self._replica.lr)
 
-    @contextmanager
+    @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """Within it the model is the mean of the workers' models, float buffers too: to evaluate
         or save. All workers enter it; each leaves it with its own model as it was."""
@@ -308,12 +305,12 @@ class AveragingOptimizer(torch.optim.Optimizer):
         return math.sqrt(float(self._comm.mean(square, self._steps, counted=False)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Of this worker: of the optimizer, of method and schedule. The model is not in it.
+        """Of this worker: of the optimizer, as its own is, and of method and schedule. The model is
+        not in it.
 
-        Tensors and plain numbers, which torch.load(weights_only=True) takes. The optimizer's own
-        tensors are those of a group's parameters in one, [D of the group].
+        Tensors and plain numbers, which torch.load(weights_only=True) takes.
         """
-        return self._stepper.state_dict() | {
+        return self._stepper.optimizer.state_dict() | {
             "decentral": {
                 "workers": self._comm.n,
                 "steps": self._steps,
@@ -359,126 +356,120 @@ class AveragingOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
 
-class _FlatStepper:
-    """The user's optimizer, on a slice of the flat buffer for each of its groups.
+class _Stepper:
+    """The user's optimizer, for a replica: on the module's own parameters, which are the flat x.
 
-    Its groups are the user's own: their options hold, and only `params` is another while it steps.
+    It steps along the gradient that backward left, or, where a rule has set x.grad, along that.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, slices: Sequence[Tensor]):
-        self.optimizer = optimizer
-        self._slices = slices
-        self._sizes = [len(piece) for piece in slices]
-        self._flat: Tensor | None = None
-
-    def of(self, flat: Tensor) -> "_FlatStepper":
-        """Step on `flat`, [D], of which the slices are views: along its grad."""
-        self._flat = flat
-        return self
+    def __init__(self, optimizer: torch.optim.Optimizer, gradient: "_LeftGradient"):
+        self.optimizer, self._gradient = optimizer, gradient
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
 
     def step(self) -> None:
-        assert self._flat is not None, "the replica has said where"
-        assert self._flat.grad is not None, "and how it descends"
-        for piece, along in zip(self._slices, self._flat.grad.split(self._sizes), strict=True):
-            piece.grad = along
-        with self._on_slices(), self._fused():
-            self.optimizer.step()
+        direction = self._gradient.parameters.grad
+        with contextlib.ExitStack() as stack:
+            if direction is not None:
+                stack.enter_context(self._gradient.replaced(direction))
+            self._step()
 
-    @contextmanager
-    def _fused(self) -> Iterator[None]:
-        """Take torch's fused form where a group asks for none: see `fuses`."""
-        groups = self.optimizer.param_groups
-        fused = [g for g in groups if fuses(type(self.optimizer), g, g["params"])]
+    def _step(self) -> None:
+        """In torch's fused form, where a group asks for none: see `fuses`."""
+        fused = [group for group in self.param_groups if self._fuses(group)]
         before = [group["fused"] for group in fused]
         for group in fused:
             group["fused"] = True
         try:
-            yield
+            self.optimizer.step()
         finally:
             for group, own in zip(fused, before, strict=True):
                 group["fused"] = own
 
-    def state_dict(self) -> dict[str, Any]:
-        with self._on_slices():
-            return self.optimizer.state_dict()
+    def _fuses(self, group: Mapping[str, Any]) -> bool:
+        gradients = [p.grad for p in group["params"] if p.grad is not None]
+        return fuses(type(self.optimizer), group, gradients)  # parameters are like them, and dense
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        groups = self.optimizer.param_groups
-        with self._on_slices():
-            self.optimizer.load_state_dict(state)
+        groups = self.param_groups
+        self.optimizer.load_state_dict(state)
         # torch makes new groups; the old ones are what schedulers and the user hold.
-        for group, loaded in zip(groups, self.optimizer.param_groups, strict=True):
+        for group, loaded in zip(groups, self.param_groups, strict=True):
             group.update({key: value for key, value in loaded.items() if key != "params"})
         self.optimizer.param_groups = groups
-
-    @contextmanager
-    def _on_slices(self) -> Iterator[None]:
-        groups = self.optimizer.param_groups
-        own = [group["params"] for group in groups]
-        for group, piece in zip(groups, self._slices, strict=True):
-            group["params"] = [piece] if len(piece) else []
-        try:
-            yield
-        finally:
-            for group, parameters in zip(groups, own, strict=True):
-                group["params"] = parameters
 
 
 class _LeftGradient:
     """A `Gradient` for Replica: what backward has left in the parameters' grad.
 
-    The module's parameters, gradients and float buffers become views of flat ones.
+    The module's parameters and float buffers become views of flat ones. Its gradients stay where
+    they are, and are copied to a flat one for the rules that look at it.
     """
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]):
         first = next(iter(parameters.values()))
         floating = {name: b for name, b in model.named_buffers() if b.is_floating_point()}
-        layout, buffers = Layout(parameters), Layout(floating)
+        self._layout, buffers = Layout(parameters), Layout(floating)
         dtype = next((b.dtype for b in floating.values()), first.dtype)
-        self.parameters = layout.flatten(dict(parameters), first.dtype).to(first.device)
+        self.parameters = self._layout.flatten(dict(parameters), first.dtype).to(first.device)
         self.buffers = buffers.flatten(floating, dtype).to(first.device)
         self.counters = {n: b for n, b in model.named_buffers() if not b.is_floating_point()}
-        self.value = torch.zeros_like(self.parameters)
         self.batches, self.measures = Batches(1), False
         self.variance: Tensor | None = None
         self._loss = torch.zeros((), dtype=torch.float64, device=first.device)
-        gradients = layout.views(self.value)
-        self._views: list[tuple[str, nn.Parameter, Tensor, int]] = []
-        for name, view in layout.views(self.parameters).items():
-            parameter = parameters[name]
-            if parameter.grad is not None:
-                gradients[name].copy_(parameter.grad)
-            parameter.data = view
-            parameter.grad = gradients[name]
-            self._views.append((name, parameter, gradients[name], view.data_ptr()))
+        self._flat: Tensor | None = None  # from the first time that it is asked for
+        self._collected = False
+        self._placed: list[tuple[str, nn.Parameter, int]] = []
+        for name, view in self._layout.views(self.parameters).items():
+            parameters[name].data = view
+            self._placed.append((name, parameters[name], view.data_ptr()))
         for name, view in buffers.views(self.buffers).items():
             floating[name].data = view
 
-    def collect(self) -> None:
-        """Have the gradients where they belong, whichever tensors backward has put them into."""
-        elsewhere: list[Tensor] = []
-        places: list[Tensor] = []
-        for name, parameter, view, address in self._views:
+    def check(self) -> None:
+        """A step begins: every parameter is where it was put, and has a gradient."""
+        self._collected = False
+        for name, parameter, address in self._placed:
             if parameter.data_ptr() != address:
                 raise UserError(
                     f"the parameter {name} is elsewhere than where wrap has put it; move or cast"
                     " the model before wrap, and load into it without assign=True"
                 )
-            gradient = parameter.grad
-            if gradient is None:
-                view.zero_()
-            elif gradient is not view:
-                elsewhere.append(gradient)
-                places.append(view)
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    @property
+    def value(self) -> Tensor:
+        if self._flat is None:
+            self._flat = torch.empty_like(self.parameters)
+        if not self._collected:
+            torch._foreach_copy_([*self._layout.views(self._flat).values()], self._left())
+            self._collected = True
+        return self._flat
+
+    def divide(self, scale: Tensor) -> None:
+        torch._foreach_div_(self._left(), scale)
+
+    @contextlib.contextmanager
+    def replaced(self, direction: Tensor) -> Iterator[None]:
+        """Within it the parameters' gradients are views of `direction`, [D]."""
+        left, views = self._left(), self._layout.views(direction)
+        for (_, parameter, _), view in zip(self._placed, views.values(), strict=True):
             parameter.grad = view
-        if places:
-            torch._foreach_copy_(places, elsewhere)
+        try:
+            yield
+        finally:
+            for (_, parameter, _), own in zip(self._placed, left, strict=True):
+                parameter.grad = own
+
+    def _left(self) -> list[Tensor]:
+        gradients = [parameter.grad for _, parameter, _ in self._placed]
+        return [gradient for gradient in gradients if gradient is not None]
 
     def __call__(self, step: int) -> Tensor:
+        self.parameters.grad = None  # the parameters have theirs
         return self._loss  # the loop's own to count
 
     def losses(self, step: int) -> Tensor:
@@ -580,22 +571,11 @@ def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
             f"{name} has taken steps already; wrap it before its first, and load a checkpoint after"
         )
 
-    def make(parameters: list[Tensor]) -> torch.optim.Optimizer:
-        options = {k: v for k, v in optimizer.param_groups[0].items() if k != "param_names"}
-        options |= {"params": parameters, "lr": 0.01}
-        options |= {key: False for key in ("capturable", "fused") if options.get(key)}
-        fresh = copy.copy(optimizer)
-        fresh.param_groups, fresh.state = [options], defaultdict(dict)
-        return fresh
-
-    try:
-        element_wise = is_element_wise(make)
-    except Exception as error:
-        raise UserError(f"{name} does not step on one flat vector of parameters: {error}") from None
-    if not element_wise:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
         raise UserError(
-            f"{name} is not element-wise (an element's update depends on others), but all"
-            " parameters of a group are one flat vector; take one that is, such as SGD or AdamW",
+            f"{name} asks for the loss at points of its own, while a step here has one gradient;"
+            " take one that steps along the gradient, such as SGD or AdamW"
         )
 
 

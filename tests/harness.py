@@ -28,6 +28,7 @@ class Quadratic:
 
     def __call__(self, step):
         torch.mul(self.a, self.parameters - self.c, out=self.value)
+        self.parameters.grad = self.value
         return self.losses(step)
 
     def losses(self, step):

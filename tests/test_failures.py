@@ -627,12 +627,13 @@ def miss_average(worker, step):
     def hooked(x, at, counted=True):
         averaged = start(x, at, counted)
 
-        def finish():
-            mean = averaged()
+        def finish(into=None):
+            own = x.clone()
+            mean = averaged(into)
             if at != step:
                 return mean
             worker._comm._fail(at, None, RuntimeError("cut off"))
-            return x.clone()
+            return own if into is None else into.copy_(own)
 
         return finish
 

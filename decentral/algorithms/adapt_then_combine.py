@@ -24,5 +24,5 @@ class AdaptThenCombine:
     requires = "doubly stochastic"
 
     def step(self, replica: Replica) -> None:
-        replica.descend(replica.gradient())
+        replica.local_step()
         replica.average()

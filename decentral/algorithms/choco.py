@@ -33,7 +33,7 @@ class Choco:
         x = replica.x
         public = replica.state.setdefault("public", torch.zeros_like(x))
         heard = replica.state.setdefault("heard", torch.zeros_like(x))
-        replica.descend(replica.gradient())
+        replica.local_step()
         if replica.averaging is Averaging.EVERYONE:
             replica.average()
             return

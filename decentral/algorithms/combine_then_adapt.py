@@ -24,6 +24,6 @@ class CombineThenAdapt:
 
     def step(self, replica: Replica) -> None:
         finish_average = replica.start_average()
-        gradient = replica.gradient()
+        local_step = replica.start_local_step()
         finish_average()
-        replica.descend(gradient)
+        local_step()

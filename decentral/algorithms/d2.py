@@ -24,7 +24,7 @@ class D2:
 
     def step(self, replica: Replica) -> None:
         before = replica.x.clone()
-        replica.descend(replica.gradient())
+        replica.local_step()
         adapted = replica.x.clone()
         if replica.state:
             replica.x += before - replica.state["adapted"]

@@ -30,7 +30,7 @@ class DecentLaM:
     def step(self, replica: Replica) -> None:
         before, lr = replica.x.clone(), replica.lr
         momentum = replica.state.setdefault("momentum", torch.zeros_like(before))
-        replica.descend(replica.gradient())
+        replica.local_step()
         replica.average()
         momentum.mul_(self.beta).add_((before - replica.x) / lr)
         replica.x.copy_(before).sub_(momentum, alpha=lr)

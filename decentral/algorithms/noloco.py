@@ -35,7 +35,7 @@ class NoLoCo:
         theta, state = replica.x, replica.state
         if not state:
             state["slow"], state["momentum"] = theta.clone(), torch.zeros_like(theta)
-        replica.descend(replica.gradient())
+        replica.local_step()
         replica.record(theta)
         if replica.averaging is Averaging.NOBODY:
             return

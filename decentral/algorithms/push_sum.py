@@ -30,9 +30,9 @@ class PushSum:
     def step(self, replica: Replica) -> None:
         z = replica.x
         weight = replica.state.setdefault("weight", torch.ones_like(z[..., :1]))
-        gradient = replica.gradient()
+        local_step = replica.start_local_step()
         z.mul_(weight)  # x, until the division below
-        replica.descend(gradient)
+        local_step()
         replica.record(z / weight)
         buffers = replica.shared_buffers
         mass = torch.cat([z, weight * buffers, weight], dim=-1)

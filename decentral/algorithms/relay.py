@@ -29,7 +29,7 @@ class Relay:
 
     def step(self, replica: Replica) -> None:
         x, state = replica.x, replica.state
-        replica.descend(replica.gradient())
+        replica.local_step()
         if replica.averaging is not Averaging.NEIGHBOURS:
             replica.average()
             state.pop("heard", None)
