@@ -319,8 +319,7 @@ def fuses(
         and options.get("fused") is None
         and not (options.get("capturable") or options.get("differentiable"))
         and not isinstance(options.get("lr"), Tensor)
-        and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
-        and all(t.dtype != torch.bfloat16 for t in tensors)
+        and all(t.is_cpu and t.is_contiguous() and t.dtype != torch.bfloat16 for t in tensors)
     )
 
 
