@@ -55,6 +55,10 @@ def as_it_is(message: Tensor) -> Tensor:
 BLOCK_BYTES = {"cpu": 2**18, "cuda": 2**28}
 LEAST_ROW_BYTES = 2**10
 
+# What is no larger than the second cache of a core is not cut up: in blocks it would be copied
+# twice.
+WHOLE_BYTES = 2**21
+
 # Of each mixing within a step, by its number: (step, what was mixed), the oldest first.
 History = dict[int, list[tuple[int, Tensor]]]
 
@@ -178,7 +182,8 @@ class StackedComm:
         if self._late:
             x.copy_(self._mix_late(x.to(self._dtype), step))
             return
-        for block in x.split(self._columns, dim=1):
+        whole = self._fits(x) and nbytes(x) <= WHOLE_BYTES
+        for block in (x,) if whole else x.split(self._columns, dim=1):
             block.copy_(plan.apply(self._staged(block)))
 
     def _counted(self, message: Tensor, step: int) -> "_Plan":
@@ -200,10 +205,14 @@ class StackedComm:
         In memory that stays: an allocator may hand back what is freed, and each page that it
         fetches anew costs more than the sums on it.
         """
-        if block.is_contiguous() and block.dtype == self._dtype:
+        if self._fits(block):
             return block
         staged = self._stage[: block.numel()].view(block.shape)
         return staged.copy_(block)
+
+    def _fits(self, block: Tensor) -> bool:
+        """Whether it is mixed as it is."""
+        return block.is_contiguous() and block.dtype == self._dtype
 
     @cached_property
     def _columns(self) -> int:

@@ -174,7 +174,8 @@ def test_stacked_mixing_is_the_matrix_product_of_its_step(name):
         np.testing.assert_allclose(x, expected, atol=1e-15)
 
 
-BLOCKS = [(2**18, 2**10), (96, 8), (8, 8)]  # one block, two to four, up to seven
+# Whole, one block, two to four, up to seven.
+BLOCKS = [(2**21, 2**18, 2**10), (0, 2**18, 2**10), (0, 96, 8), (0, 8, 8)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -183,8 +184,9 @@ def test_mixing_in_place_is_mixing_in_any_blocks_of_columns(name, dtype, monkeyp
     topology = topologies.build(6, name)
     # A sum may be taken with or without an intermediate rounding of its products.
     rtol = {torch.float64: 1e-15, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
-    for whole, row in BLOCKS:
-        monkeypatch.setattr(door, "BLOCK_BYTES", {"cpu": whole})
+    for whole, block, row in BLOCKS:
+        monkeypatch.setattr(door, "WHOLE_BYTES", whole)
+        monkeypatch.setattr(door, "BLOCK_BYTES", {"cpu": block})
         monkeypatch.setattr(door, "LEAST_ROW_BYTES", row)
         comm = StackedComm(6, Mixing(topology), dtype)
         other = StackedComm(6, Mixing(topology), dtype)
