@@ -371,10 +371,11 @@ class _Stepper:
 
     def step(self) -> None:
         direction = self._gradient.parameters.grad
-        with contextlib.ExitStack() as stack:
-            if direction is not None:
-                stack.enter_context(self._gradient.replaced(direction))
+        if direction is None:
             self._step()
+        else:
+            with self._gradient.replaced(direction):
+                self._step()
 
     def _step(self) -> None:
         """In torch's fused form, where a group asks for none: see `fuses`."""
