@@ -446,7 +446,8 @@ class _LeftGradient:
         if self._flat is None:
             self._flat = torch.empty_like(self.parameters)
         if not self._collected:
-            torch._foreach_copy_([*self._layout.views(self._flat).values()], self._left())
+            views = self._layout.views(self._flat).values()
+            torch._foreach_copy_([*views], [gradient.to_dense() for gradient in self._left()])
             self._collected = True
         return self._flat
 

@@ -314,6 +314,26 @@ def test_one_worker_alone_trains_as_the_bare_optimizer_does(alone, make, loop):
     torch.testing.assert_close(states[1]["state"], states[0]["state"], **near)
 
 
+@pytest.mark.parametrize("method", [("local_sgd", None), ("gradient_tracking", "complete")])
+def test_sparse_gradients_step_and_are_tracked_as_dense_ones(alone, method):
+    name, topology = method
+    ends = []
+    for wrapped in (False, True):
+        torch.manual_seed(5)
+        model = nn.Sequential(nn.Embedding(7, 3, sparse=wrapped), nn.Linear(3, 1))
+        optimizer = sgd(model)
+        if wrapped:
+            options = {"period": 2} if topology is None else {}
+            optimizer = decentral.wrap(model, optimizer, name, topology, **options)
+        for step in range(3):
+            optimizer.zero_grad()
+            model(torch.tensor([step, step + 2, step])).square().mean().backward()
+            optimizer.step()
+        ends.append(model.state_dict())
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-6, atol=1e-7, msg=name)
+
+
 def test_a_scheduler_made_before_wrap_sets_the_learning_rate_too(alone):
     model = network()
     bare = torch.optim.SGD(model.parameters(), lr=1.0)
