@@ -658,22 +658,17 @@ def _token() -> Iterator[None]:
     nowhere else: Ray by itself would write one to the home directory. A mode or a token that the
     user has set in the environment is kept.
     """
-    before = {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
-    if (before["RAY_AUTH_MODE"] or "token").lower() != "token":
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() not in ("token", ""):
         yield
         return
-    os.environ["RAY_AUTH_MODE"] = "token"
-    if not (before["RAY_AUTH_TOKEN"] or os.environ.get("RAY_AUTH_TOKEN_PATH")):
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    _read_token_again()
+    values = {"RAY_AUTH_MODE": "token"}
+    if not (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")):
+        values["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     try:
-        yield
+        with _environment(values):
+            _read_token_again()
+            yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
         _read_token_again()
 
 
@@ -709,13 +704,23 @@ def _none_beforehand() -> Iterator[None]:
     Those would be outside the runtime environment that names the executable, and of no use.
     """
     name = "RAY_prestart_worker_first_driver"
-    theirs = name in os.environ
-    os.environ.setdefault(name, "0")
+    with _environment({name: os.environ.get(name, "0")}):
+        yield
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Variables of this process's environment, while processes that inherit it are started."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        if not theirs:
-            del os.environ[name]
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _reach(address: str) -> None:
