@@ -70,6 +70,19 @@ class Matchings:
         return L
 
 
+class Remembered(Matchings):
+    """Keeps what it has drawn, for whoever goes over the same rounds again and again."""
+
+    def __init__(self, graph: nx.Graph, seed: int):
+        super().__init__(graph, seed)
+        self._drawn: dict[int, np.ndarray] = {}
+
+    def partners(self, turn: int) -> np.ndarray:
+        if turn not in self._drawn:
+            self._drawn[turn] = super().partners(turn)
+        return self._drawn[turn]
+
+
 def acceleration(L: np.ndarray) -> tuple[float, float]:
     """chi1 = 1 / lambda_2(L) and chi2 = max over edges of (e_i - e_j)' L^+ (e_i - e_j) / 2.
 

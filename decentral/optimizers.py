@@ -296,8 +296,8 @@ def check_schedule(make: MakeScheduler, make_optimizer: MakeOptimizer, steps: in
     optimizer = make_optimizer([torch.zeros(1)])
     try:
         scheduler = make(optimizer)
+        optimizer.step()  # torch warns where none has come before; more would change nothing
         for _ in range(min(steps, 100_000)):
-            optimizer.step()
             scheduler.step()
     except Exception as error:  # torch checks some options, and trips over others
         raise UserError(f"torch refuses it: {error}", "lr_schedule") from None

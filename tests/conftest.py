@@ -1,11 +1,19 @@
 """Shared by all tests."""
 
+import compileall
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from sharing import SharedCluster
+
+import decentral
+
+# Where the environment forbids that modules are compiled to files, each process that a test starts
+# would compile them all again, which takes a second.
+compileall.compile_dir(Path(decentral.__file__).parent, quiet=2)
 
 # Ray's own is 15: workers would yield to whatever else the machine does, while tests wait.
 os.environ.setdefault("RAY_worker_niceness", str(os.nice(0)))

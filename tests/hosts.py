@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -97,12 +98,14 @@ class Hosts:
                 _do("tc", "-n", namespace, "qdisc", "replace", *where, *_bucket(rate_mbit))
 
     def part(self, a: int, b: int) -> None:
-        """Lose whatever host a sends to host b, as a firewall does; both are on one switch."""
+        """Lose whatever host a sends to host b, as a firewall does."""
         where = (self.addresses[b], "lladdr", "02:00:00:00:00:01", "dev", "eth0")  # nobody's card
         _do("ip", "-n", self.names[a], "neighbour", "replace", *where)
+        _do("ip", "-n", self.names[a], "route", "replace", self.addresses[b], "dev", "eth0")
 
     def mend(self, a: int, b: int) -> None:
         """Take `part` back."""
+        _do("ip", "-n", self.names[a], "route", "delete", self.addresses[b], "dev", "eth0")
         _do("ip", "-n", self.names[a], "neighbour", "delete", self.addresses[b], "dev", "eth0")
 
     def run(
@@ -194,24 +197,31 @@ def ray_hosts(
     try:
         with hosts(k, rate_mbit) as made:
             head = f"{made.addresses[0]}:{RAY_PORT}"
-            for i, address in enumerate(made.addresses):
-                where = (
-                    ["--head", f"--port={RAY_PORT}", "--include-dashboard=false"]
-                    if i == 0
-                    else [f"--address={head}"]
-                )
+
+            def start(i: int, *where: str) -> None:
+                """Ray on host i, whose files are its own; drivers are on the first."""
+                own = f"{folder}-{i}" if i else folder
+                mounted = ("sh", "-ec", f'mount --bind {own} {folder}; exec "$@"', "start")
                 made.run(
                     i,
-                    *(sys.executable, "-m", "ray.scripts.scripts", "start", *where),
-                    f"--node-ip-address={address}",
+                    *(*mounted, sys.executable, "-m", "ray.scripts.scripts", "start", *where),
+                    f"--node-ip-address={made.addresses[i]}",
                     f"--num-cpus={cpus}",
                     f"--object-store-memory={100 * 2**20}",
                     "--disable-usage-stats",
+                    "--include-log-monitor=false",  # each is one more process to start
                     environment=environment,
                 )
+
+            start(0, "--head", f"--port={RAY_PORT}", "--include-dashboard=false")
+            for i in range(1, k):
+                Path(f"{folder}-{i}").mkdir()
+            with ThreadPoolExecutor() as others:
+                list(others.map(lambda i: start(i, f"--address={head}"), range(1, k)))
             yield made, environment
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        for own in (folder, *(f"{folder}-{i}" for i in range(1, k))):
+            shutil.rmtree(own, ignore_errors=True)
 
 
 def _bucket(rate_mbit: float) -> list[str]:

@@ -1,20 +1,24 @@
 """Run a function on n gloo ranks, each a process: for tests of what crosses processes.
 
-The processes stay for the next call, for each takes seconds to import torch.
+The processes stay for the next call, for each takes seconds to import torch. On Linux they are
+forked from one that has done so, but not where there is CUDA, of which a fork may have halves.
 """
 
 import multiprocessing
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, SpawnContext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 PATIENCE_S = 120.0
+IMPORTED = ["pytest", "pandas", "torch._dynamo", "decentral.engines.worker"]
 
 
 def free_port() -> int:
@@ -27,7 +31,7 @@ class _Process:
     """One process that serves as a rank, call after call."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         self.connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
         self._process.start()
@@ -37,6 +41,15 @@ class _Process:
         self._process.kill()
         self._process.join()
         self.connection.close()
+
+
+def _context() -> ForkServerContext | SpawnContext:
+    """What processes come from."""
+    if sys.platform != "linux" or torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    return context
 
 
 _PROCESSES: list[_Process] = []

@@ -35,6 +35,13 @@ class SharedCluster:
             ray.shutdown()
         self._nursery.close()
 
+    def forget(self) -> None:
+        """End all actors: the next test has new ones."""
+        import ray
+
+        while self._actors:
+            ray.kill(self._actors.pop())
+
     def actors(self, workers: int) -> list[Any]:
         """So many actors: those that earlier tests have left alive, and new ones."""
         import ray

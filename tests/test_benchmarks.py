@@ -20,7 +20,7 @@ SMALL = {
     "driver_kills": ["--engine", "sim", "--kills", "2", "--steps", "150"],
     "gossip_pga_digits": ["--steps", "24", "--seeds", "2", "--workers", "4"],
     "gpu_rate": ["--workers", "2", "--models", "mlp", "--models", "gpt", "--pairs", "1"],
-    "heterogeneity": ["--steps", "6", "--seeds", "2", "--workers", "4"],
+    "heterogeneity": ["--steps", "3", "--seeds", "1", "--workers", "4"],
     "overhead": ["--hidden", "8", "--rounds", "3"],
     "peers": ["--workers", "2", "--hidden", "8", "--rounds", "1"],
     "papers": ["--only", "deep_digits", "--steps", "6", "--seeds", "1"],
@@ -45,7 +45,7 @@ SMALL = {
         *("--recorded", "10", "--digits", "4", "--logistic", "4"),
     ],
     "simulator_rate": ["--workers", "3", "--repeats", "1", "--seconds", "0"],
-    "soak": ["--kills", "1", "--steps", "1500"],
+    "soak": ["--kills", "1", "--steps", "600", "--seed", "206"],  # killed after 2 s
     "startup": [
         *("--workers", "2", "--starts", "1", "--segments", "1", "--steps", "30"),
         *("--lengths", "1", "--lengths", "5"),

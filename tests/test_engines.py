@@ -25,7 +25,7 @@ ALGORITHMS = {
     "local_sgd": {"period": 8},
     "gossip_sgd": {},
     "gossip_pga": {"period": 8},
-    "gossip_aga": {"initial_period": 4, "warmup": 40},
+    "gossip_aga": {"initial_period": 4, "warmup": 20},
 }
 TOPOLOGIES = {
     "ring": {"name": "ring"},
@@ -88,9 +88,9 @@ def test_engines_agree_over_a_whole_run(cluster, algorithm, topology, workers):
     chosen = TOPOLOGIES[topology]
     overrides = {
         "workers": workers,
-        "steps": 160,
-        "lr_schedule.milestones": [80],
-        "record.evaluate_every": 40,
+        "steps": 80,
+        "lr_schedule.milestones": [40],
+        "record.evaluate_every": 20,
         "algorithm": {"name": algorithm, **ALGORITHMS[algorithm]},
         "topology": chosen.get(workers, chosen),
         "dtype": "float64",
@@ -388,8 +388,8 @@ def test_a_killed_worker_is_named_at_once(cluster):
         QUICKSTART,
         {
             "workers": 4,
-            "steps": 100_000,
-            "record.every": 50_000,
+            "steps": 10_000,
+            "record.every": 5_000,
             "on_worker_failure": "stop",
         },
     )

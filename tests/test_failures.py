@@ -425,6 +425,10 @@ def running(cluster, config, **changes):
     run = Running(cluster, config | {"engine": "ray", "ray": options} | changes)
     try:
         yield run
+    except BaseException:
+        if cluster is not None:
+            cluster.forget()  # who knows what the test has left in the actors
+        raise
     finally:
         run.engine.close()
 

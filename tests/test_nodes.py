@@ -4,15 +4,18 @@ import os
 import signal
 import time
 
-import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 from test_failures import running
 
+from decentral.engines.ray import _none_beforehand
+from decentral.nursery import nursery
+
 pytestmark = pytest.mark.slow
 
 NODE = {"num_cpus": 1, "object_store_memory": 128 * 2**20}
+SOON_DEAD = {"health_check_period_ms": 500}  # Ray gives a node up after 2.5 s and not 15
 LONG = {"steps": 1_000_000, "record": {"every": 50}}
 PATIENCE_S = 90.0  # for what takes the time to start a process, or to miss a node
 
@@ -20,11 +23,13 @@ PATIENCE_S = 90.0  # for what takes the time to start a process, or to miss a no
 @pytest.fixture(scope="module")
 def cluster(alone):
     """A cluster that this process is in; its nodes, of one CPU each, come as tests ask for them."""
-    made = Cluster(initialize_head=True, head_node_args=NODE)
-    ray.init(address=made.address, log_to_driver=False)
-    yield made
-    ray.shutdown()
-    made.shutdown()
+    with nursery() as executable, _none_beforehand():
+        made = Cluster(True, head_node_args=NODE | {"_system_config": SOON_DEAD})
+        forked = {"py_executable": executable} if executable else None
+        ray.init(address=made.address, log_to_driver=False, runtime_env=forked)
+        yield made
+        ray.shutdown()
+        made.shutdown()
 
 
 def grow(cluster, nodes):
@@ -49,9 +54,14 @@ def raylet_of(node):
     return node.all_processes["raylet"][0].process.pid
 
 
-def of_node(run, raylet):
-    """The workers on the node of a raylet, which has started them."""
-    return [w for w in run.engine.members if psutil.Process(run.pid(w)).ppid() == raylet]
+def of_node(run, node):
+    """The workers on a node."""
+    nodes = run.engine.ask(node_id)
+    return [w for w, where in zip(run.engine.members, nodes, strict=True) if where == node.node_id]
+
+
+def node_id(worker):
+    return ray.get_runtime_context().get_node_id()
 
 
 def test_a_run_takes_as_many_workers_as_there_is_room_for(cluster, quick):
@@ -72,8 +82,8 @@ def test_a_node_dies(cluster, quick, policy):
     grow(cluster, 4)
     with running(None, quick, workers=3, on_worker_failure=policy, **LONG) as run:
         run.until(50)
-        node = next(node for node in cluster.worker_nodes if of_node(run, raylet_of(node)))
-        gone = of_node(run, raylet_of(node))
+        node = next(node for node in cluster.worker_nodes if of_node(run, node))
+        gone = of_node(run, node)
         pids = [run.pid(worker) for worker in gone]
         os.kill(raylet_of(node), signal.SIGKILL)
         run_until(run, lambda: run.coordinator.failures)

@@ -21,7 +21,7 @@ from decentral.comm import Event, all_reduce_bytes
 from decentral.config import load
 from decentral.coordinator import clock_of
 from decentral.errors import UserError
-from decentral.event_queue import EventQueue, Matchings, rounds
+from decentral.event_queue import EventQueue, Matchings, Remembered, rounds
 from decentral.experiment import Experiment, build
 from decentral.plan.candidates import METHODS, Candidate
 from decentral.plan.cluster import Cluster
@@ -155,10 +155,11 @@ def estimate(candidate: Candidate, cluster: Cluster, size: int) -> Estimate:
     steps = lap * math.ceil(min(n, SETTLED) / lap)
     rule = experiment.algorithm.rule
     if isinstance(rule, AsynchronousRule):
-        assert experiment.matchings is not None
+        assert topology is not None
+        matchings = Remembered(topology.graphs[0], experiment.config.seed)
         steps = max(MEETINGS_STEPS, math.ceil(MEETINGS / n))
-        pace = _asynchronous(experiment, clock, size)
-        sent = _bytes_asynchronous(experiment.matchings, rule.exchanges, steps, size)
+        pace = _asynchronous(matchings, rule.exchanges, clock, size)
+        sent = _bytes_asynchronous(matchings, rule.exchanges, steps, size)
     else:
         pace = _synchronous(experiment, schedule, clock, size)
         sent = _bytes(experiment, schedule, lap, size)
@@ -215,11 +216,8 @@ def _events(experiment: Experiment, schedule: Schedule, steps: int) -> Iterator[
             yield Event("neighbours", step, 0)
 
 
-def _asynchronous(experiment: Experiment, clock: Clock, size: int) -> Pace:
+def _asynchronous(matchings: Matchings, exchanges: float, clock: Clock, size: int) -> Pace:
     """Whoever is late delays nobody but whom it meets: the event queue knows."""
-    rule, matchings = experiment.algorithm.rule, experiment.matchings
-    assert isinstance(rule, AsynchronousRule)
-    assert matchings is not None
 
     def seconds(
         steps: int,
@@ -236,7 +234,7 @@ def _asynchronous(experiment: Experiment, clock: Clock, size: int) -> Pace:
         def link_s(i: int, j: int) -> float:
             return latency * max(clock.link_s(i, j, bytes_), clock.link_s(j, i, bytes_))
 
-        queue = EventQueue(matchings, rule.exchanges, compute_s, link_s)
+        queue = EventQueue(matchings, exchanges, compute_s, link_s)
         queue.run(0, steps)
         return queue.time_s
 

@@ -4,6 +4,7 @@ Read from its files, for importing scikit-learn takes longer than all else that 
 and each worker is a process that would.
 """
 
+import functools
 import gzip
 import importlib.util
 import math
@@ -58,8 +59,9 @@ def digits(
     )
 
 
+@functools.cache
 def _table() -> np.ndarray:
-    """[1797, 65]: the pixels of an image, 0 to 16, and its class."""
+    """[1797, 65]: the pixels of an image, 0 to 16, and its class. Read once a process."""
     package = importlib.util.find_spec("sklearn")
     assert package is not None, "a dependency"
     assert package.submodule_search_locations is not None, "a package"
