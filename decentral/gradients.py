@@ -434,10 +434,9 @@ class WeightFirst(TorchFunctionMode):
     ) -> Any:
         if func is nn.functional.linear and not kwargs and args[0].dim() == 2:
             x, weight, *bias = args
-            output = torch.mm(weight, x.T)
-            if bias and bias[0] is not None:
-                output += bias[0].unsqueeze(1)  # in place, as vmap would not do it in addmm
-            return output.T
+            if not bias or bias[0] is None:
+                return torch.mm(weight, x.T).T
+            return torch.addmm(bias[0].unsqueeze(1), weight, x.T).T
         return func(*args, **(kwargs or {}))
 
 

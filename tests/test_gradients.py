@@ -192,6 +192,14 @@ def test_stacked_weights_get_their_gradients_as_they_lie_in_memory(bias):
     assert strides == {"torch": (15, 1, 3), "own": (15, 5, 1)}
 
 
+def test_a_linear_layer_of_which_only_the_bias_is_each_workers_own():
+    """A frozen weight, and an input that all share."""
+    x, weight, bias = torch.randn(6, 5), torch.randn(3, 5), torch.randn(4, 3)
+    with WeightFirst():
+        output = vmap(nn.functional.linear, in_dims=(None, None, 0))(x, weight, bias)
+    torch.testing.assert_close(output, x @ weight.T + bias.unsqueeze(1))
+
+
 @pytest.mark.parametrize("options", [{}, {"accumulate": 3, "clip_norm": 0.05}])
 @pytest.mark.parametrize("name", ["tied and frozen", "normed cnn", "branching"])
 def test_gradients_of_some_workers_each_at_its_own_step(name, options, sixteen_at_once):
