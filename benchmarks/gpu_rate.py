@@ -2,10 +2,11 @@
 
 Gossip-PGA with period 4 on a ring, SGD with momentum, float32 as torch has it by default, random
 data that lie on the device: an MLP, a CNN, ResNet-20 and a small GPT. Beside it one plain torch
-training step of ONE model on the same samples, drawn in the same way. The two alternate, and the
-ratio is the median over pairs. Then what a gradient of all workers costs by itself: by how many
-workers a pass takes at once, for models with convolutions; as a CUDA graph, on a batch that stays;
-and compiled.
+training step of ONE model on the same samples, drawn in the same way, and the simulator without
+CUDA graphs. They take turns, and a ratio is the median over rounds. Then what a gradient of all
+workers costs by itself, on a batch that stays: by how many workers a pass takes at once, for models
+with convolutions; each as a CUDA graph and without one; and compiled. And what x <- W x takes,
+beside degree + 1 copies of x.
 
     python benchmarks/gpu_rate.py --out benchmarks/results/gpu_rate.json
 
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import machine
+import mixing
 import segments
 import torch
 import typer
@@ -33,6 +35,7 @@ from torch.nn import functional
 
 import decentral
 from decentral.config import load
+from decentral.cuda_graph import CudaGraphs
 from decentral.engines.sim import Simulator
 from decentral.experiment import Experiment, build
 from decentral.gradients import StackedGradient
@@ -42,6 +45,7 @@ from decentral.tasks import fetch
 PERIOD = 4
 SGD: dict[str, Any] = {"lr": 0.01, "momentum": 0.9}
 SAMPLES = 8192
+MIXED = [(64, 19_210), (64, 817_984), (256, 817_984), (1024, 817_984), (4096, 19_210)]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH = {"mlp": 32, "cnn": 32, "resnet20": 16, "gpt": 8}
 if DEVICE == "cpu":
@@ -51,7 +55,7 @@ if DEVICE == "cpu":
 def main(
     workers: Annotated[list[int] | None, typer.Option(help="n; may be given repeatedly.")] = None,
     models: Annotated[list[str] | None, typer.Option(help="Of " + ", ".join(BATCH))] = None,
-    pairs: Annotated[int, typer.Option(min=1, help="At most, for each model and n.")] = 9,
+    rounds: Annotated[int, typer.Option(min=1, help="At most, for each model and n.")] = 9,
     seconds: Annotated[float, typer.Option(min=1, help="For all; what is left then is not.")] = 160,
     out: Annotated[Path | None, typer.Option(help="Write the figures there, as JSON.")] = None,
 ) -> None:
@@ -72,19 +76,22 @@ def main(
             rows.append({"model": model, "workers": n, "left_out": "no time was left"})
             continue
         each = max(1.0, 0.5 * left / (len(cells) - place))
-        rows.append(guarded(model, n, lambda e: measure(e, pairs, each)))  # noqa: B023
+        rows.append(guarded(model, n, lambda e: measure(e, rounds, each)))  # noqa: B023
         if n in (64, *workers[:1]):
             passes.append(guarded(model, n, lambda e: {"ways": ways(e, left)}))  # noqa: B023
     console.print(table(rows))
     for row in passes:
         said = " ".join(f"{way['way']} {shown(way['ms'])}" for way in row.get("ways", []))
         console.print(f"gradient of {row['workers']} {row['model']}: {said or row['left_out']}")
+    averages = averaging()
+    console.print(averages_table(averages))
     if out is not None:
         result = {
             "benchmark": "gpu_rate",
-            "settings": {"pairs": pairs, "period": PERIOD, "batch": BATCH, "optimizer": SGD},
+            "settings": {"rounds": rounds, "period": PERIOD, "batch": BATCH, "optimizer": SGD},
             "sizes": rows,
             "gradients": passes,
+            "averaging": averages,
             "machine": machine.describe(started) | {"device": device_name()},
         }
         machine.write(result, out)
@@ -221,31 +228,50 @@ def cnn() -> nn.Module:
 # Steps.
 
 
-def measure(experiment: Experiment, pairs: int, seconds: float) -> dict[str, Any]:
+def measure(experiment: Experiment, rounds: int, seconds: float) -> dict[str, Any]:
     n = experiment.config.workers
-    simulate = simulation(Simulator(experiment))
-    train = single_model(experiment)
-    for half in (simulate, train):  # to warm up
-        half()
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    simulator = Simulator(experiment)
+    ours = simulation(simulator)
+    ours()
     memory = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None
-    simulated, single, began = [], [], time.monotonic()
-    while len(simulated) < pairs and (not simulated or time.monotonic() - began < seconds):
-        order = (simulate, train) if len(simulated) % 2 == 0 else (train, simulate)
-        for half in order:
-            (simulated if half is simulate else single).append(timed(half) / PERIOD)
-    step_s = statistics.median(simulated)
-    replica = Simulator(experiment).replica
+    launched = simulation(Simulator(without_graphs(experiment)))
+    train = single_model(experiment)
+    halves = {"simulated": ours, "launched": launched, "single": train}
+    for half in halves.values():  # to warm up
+        half()
+    times: dict[str, list[float]] = {name: [] for name in halves}
+    began = time.monotonic()
+    while len(times["single"]) < rounds and (
+        not times["single"] or time.monotonic() - began < seconds
+    ):
+        for name in list(halves)[:: 1 if len(times["single"]) % 2 == 0 else -1]:
+            times[name].append(timed(halves[name]) / PERIOD)
+    step_s = statistics.median(times["simulated"])
+    replica = simulator.replica
     assert isinstance(replica, Replica), "the methods measured here have steps"
     return {
         "parameters": sum(p.numel() for p in experiment.task.model.parameters()),
-        "pairs": len(simulated),
+        "rounds": len(times["single"]),
         "step_ms": step_s * 1e3,
         "worker_steps_per_s": n / step_s,
-        "single_model_ms": statistics.median(single) * 1e3,
-        "ratio": statistics.median(a / b for a, b in zip(simulated, single, strict=True)),
+        "launched_ms": statistics.median(times["launched"]) * 1e3,
+        "single_model_ms": statistics.median(times["single"]) * 1e3,
+        "ratio": ratio(times["simulated"], times["single"]),
+        "graph": ratio(times["simulated"], times["launched"]),
         "parts_ms": parts(experiment, replica),
         "peak_bytes": memory,
     }
+
+
+def ratio(over: list[float], under: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(over, under, strict=True))
+
+
+def without_graphs(experiment: Experiment) -> Experiment:
+    config = experiment.config.model_dump(exclude_unset=True)
+    return build(load(config, {"sim.cuda_graph": False}))
 
 
 def simulation(simulator: Simulator) -> Callable[[], None]:
@@ -308,50 +334,54 @@ def ways(experiment: Experiment, seconds: float) -> list[dict[str, Any]]:
     found: dict[str, Any] = {}
     for chunk in [c for c in (4, 16, 64, 256) if c < n] + [n] if convolves else [n]:
         gradient.chunk = chunk
-        found[f"by {chunk}"] = best_pass(lambda: one_pass(gradient, batch))
-    if DEVICE == "cuda" and not convolves:
-        found["graph"] = best_pass(graphed(lambda: one_pass(gradient, batch)))
+        found[f"by {chunk}"] = best_pass(lambda: gradient._passes(batch, "set"))
+        if DEVICE == "cuda":
+            graphs = CudaGraphs(experiment.task.model)
+            found[f"by {chunk}, graph"] = best_pass(
+                lambda: graphs(lambda b: gradient._passes(b, "set"), batch, "set")  # noqa: B023
+            )
+            del graphs
     if DEVICE == "cuda" and seconds > 60 and experiment.config.task.options["model"] == "mlp":
         gradient._stacked = torch.compile(gradient._stacked)  # type: ignore[assignment]
         try:
-            found["compiled"] = best_pass(lambda: one_pass(gradient, batch))
+            found["compiled"] = best_pass(lambda: gradient._passes(batch, "set"))
         except Exception as error:  # torch raises what it likes
             found["compiled"] = f"{type(error).__name__}: {error}"[:200]
     return [{"way": way, "ms": ms} for way, ms in found.items()]
 
 
-def one_pass(gradient: StackedGradient, batch: tuple[Tensor, ...]) -> None:
-    """As StackedGradient has it, but for drawing, and for seeds, which a graph cannot set."""
-    for start in range(0, len(batch[0]), gradient.chunk):
-        taken = slice(start, start + gradient.chunk)
-        leaves = {
-            name: view[taken].detach().requires_grad_()
-            for name, view in gradient._parameters.items()
-        }
-        buffers = {name: view[taken].clone() for name, view in gradient._buffers.items()}
-        loss = gradient._losses(leaves, buffers, tuple(tensor[taken] for tensor in batch))
-        grads = torch.autograd.grad(loss.sum(), tuple(leaves.values()))
-        for view, part in zip(gradient._gradients.values(), grads, strict=True):
-            view[taken] = part
-
-
-def graphed(do: Callable[[], None]) -> Callable[[], None]:
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(3):
-            do()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        do()
-    return graph.replay
-
-
-def best_pass(do: Callable[[], None]) -> float:
-    for _ in range(2):
+def best_pass(do: Callable[[], object]) -> float:
+    for _ in range(3):
         do()
     return statistics.median(timed(do) for _ in range(5)) * 1e3
+
+
+# Averaging.
+
+
+def averaging() -> list[dict[str, Any]]:
+    """x <- W x for the static graphs of mixing.py, by the clock."""
+    rows = []
+    for n, size in MIXED if DEVICE == "cuda" else [(9, 20)]:
+        x = torch.randn(n, size, device=DEVICE)
+        for topology in mixing.built(n):
+            if len(topology.matrices) == 1:
+                row = mixing.mixing(topology, x, pairs=3)
+                kept = ("topology", "workers", "parameters", "copies", "mix_ms", "copy_ms")
+                rows.append({key: row[key] for key in kept} | {"ratio": row["clock_ratio"]})
+    return rows
+
+
+def averages_table(rows: list[dict[str, Any]]) -> Table:
+    grid = Table(title="x <- W x, in times of degree + 1 copies of x", box=box.SIMPLE_HEAD)
+    names = list(dict.fromkeys(row["topology"] for row in rows))
+    for name in ("n", "D", "copy, ms", *names):
+        grid.add_column(name, justify="right")
+    for size in dict.fromkeys((row["workers"], row["parameters"]) for row in rows):
+        own = [row for row in rows if (row["workers"], row["parameters"]) == size]
+        copy_ms = statistics.median(row["copy_ms"] for row in own)
+        grid.add_row(*map(str, size), f"{copy_ms:.3f}", *(f"{row['ratio']:.2f}" for row in own))
+    return grid
 
 
 # Time.
@@ -378,12 +408,13 @@ def device_name() -> str:
 def table(rows: list[dict[str, Any]]) -> Table:
     grid = Table(
         title=f"gossip_pga, period {PERIOD}, ring, on {device_name()}",
-        caption="step: ms of a simulated step; rate: worker-steps/s. single: ms of a plain training"
-        " step of one model on the same samples; ratio: step / single, median of pairs. Then ms of"
-        " each part, timed alone.",
+        caption="step: ms of a simulated step; rate: worker-steps/s. launched: ms without CUDA"
+        " graphs. single: ms of a plain training step of one model on the same samples; ratio: step"
+        " / single, median over rounds. Then ms of each part, timed alone.",
         box=box.SIMPLE_HEAD,
     )
-    names = ("model", "n", "step", "rate", "single", "ratio", "draw", "grad", "optim", "mix", "all")
+    names = ("model", "n", "step", "rate", "launched", "single", "ratio")
+    names += ("draw", "grad", "optim", "mix", "all")
     for name in names:
         grid.add_column(name, justify="right", no_wrap=True)
     for row in rows:
@@ -395,6 +426,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
             *head,
             f"{row['step_ms']:.2f}",
             f"{row['worker_steps_per_s']:,.0f}",
+            f"{row['launched_ms']:.2f}",
             f"{row['single_model_ms']:.2f}",
             f"{row['ratio']:.2f}",
             *(f"{ms:.2f}" for ms in row["parts_ms"].values()),

@@ -90,7 +90,8 @@ def built(n: int) -> list[Topology]:
 
 
 def mixing(topology: Topology, x: Tensor, pairs: int) -> dict[str, Any]:
-    comm = StackedComm(len(x), Mixing(topology), x.dtype)
+    """Of a topology; x on a GPU is timed by the clock alone."""
+    comm = StackedComm(len(x), Mixing(topology), x.dtype, x.device.type)
     other = torch.zeros_like(x)
     step = 0
 
@@ -160,6 +161,8 @@ def seconds(act: Callable[[], object], times: int) -> Times:
     start, cpu_start = time.perf_counter(), time.process_time()
     for _ in range(times):
         act()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     stop, cpu_stop = time.perf_counter(), time.process_time()
     return max(1e-9, cpu_stop - cpu_start) / times, (stop - start) / times
 

@@ -250,7 +250,10 @@ class CheckpointConfig(_Section):
 
 
 class SimConfig(_Section):
+    """cuda_graph: on a GPU, launch the kernels of a pass all at once, where the model permits."""
+
     device: Literal["cpu", "cuda"] = "cpu"
+    cuda_graph: bool = True
 
 
 class RayConfig(_Section):

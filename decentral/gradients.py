@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from decentral.batches import Batches
 from decentral.comm import accumulation_dtype
+from decentral.cuda_graph import CudaGraphs
 from decentral.replica import squared_norm
 from decentral.stopwatch import Stopwatch, timed
 from decentral.tasks import Reader, Sampler, Task, read
@@ -46,6 +47,8 @@ TENSOR_BYTES = {"cpu": 5 * 2**22, "cuda": 2**33}
 # Stacked convolutions become one grouped convolution, which slows down with many groups: an H200
 # takes 64 in a third of the time of four times 16 (benchmarks/gpu_rate.py).
 CHUNK_WORKERS_WITH_CONVOLUTIONS = 64
+# In one CUDA graph: more of them keep the GPU busy by themselves, and a graph grows with each.
+MOST_PASSES_OF_A_GRAPH = 64
 
 
 class Layout:
@@ -244,6 +247,8 @@ class StackedGradient:
     one line in the log. `batches`, `measures` and `variance`, [n], are as in ModuleGradient.
     Autocast makes it a loop too: vmap takes a linear layer apart, and autocast then
     lowers its product but not the sum with the bias, which is another rounding than a worker's.
+
+    cuda_graph: on a GPU, all passes of a micro-batch as one CUDA graph, where the model permits.
     """
 
     def __init__(
@@ -255,6 +260,7 @@ class StackedGradient:
         clip_norm: float | None = None,
         accumulate: int = 1,
         autocast: str | None = None,
+        cuda_graph: bool = False,
     ):
         self._model, self._task, self.sampler = model, task, sampler
         self._clip_norm, self._autocast = clip_norm, autocast
@@ -281,6 +287,9 @@ class StackedGradient:
             self.chunk = workers_at_once(model, n)
             kept_mb = model.pass_bytes / 1e6
             log.info("%d of %d workers at once: each keeps %.3g MB", self.chunk, n, kept_mb)
+        few = n <= MOST_PASSES_OF_A_GRAPH * self.chunk
+        graphs = cuda_graph and few and model.device != "cpu"
+        self._graphs = CudaGraphs(model.module) if graphs else None
 
     def __call__(self, step: int) -> Tensor:
         self.parameters.grad = self.value
@@ -321,6 +330,14 @@ class StackedGradient:
         batch = self._batch(micro, rows)
         first = micro if isinstance(micro, int) else max(micro)
         seed_generators(self.sampler.seed(first), self._model.device)
+        if self._graphs is None or rows is not None:
+            return self._passes(batch, mode, rows)
+        return self._graphs(lambda b: self._passes(b, mode), batch, (mode, self.measures))
+
+    def _passes(
+        self, batch: tuple[Tensor, ...], mode: Mode, rows: Sequence[int] | None = None
+    ) -> Tensor:
+        """`_pass` on a batch that is drawn."""
         losses = []
         for start in range(0, len(batch[0]), self.chunk):
             taken = slice(start, start + self.chunk)  # of the batch

@@ -19,7 +19,7 @@ SMALL = {
     "churn": ["--steps", "60"],
     "driver_kills": ["--engine", "sim", "--kills", "2", "--steps", "150"],
     "gossip_pga_digits": ["--steps", "24", "--seeds", "2", "--workers", "4"],
-    "gpu_rate": ["--workers", "2", "--models", "mlp", "--models", "gpt", "--pairs", "1"],
+    "gpu_rate": ["--workers", "2", "--models", "mlp", "--models", "gpt", "--rounds", "1"],
     "heterogeneity": ["--steps", "3", "--seeds", "1", "--workers", "4"],
     "overhead": ["--hidden", "8", "--rounds", "3"],
     "peers": ["--workers", "2", "--hidden", "8", "--rounds", "1"],

@@ -5,10 +5,13 @@ through gloo and pinned host memory, which is what the workers of a shared card 
 """
 
 import importlib.util
+import os
+import random
 import shutil
 import warnings
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,12 +19,16 @@ from processes import free_port, run_on_ranks
 from torch import nn
 
 import decentral
+from decentral import comm as door
 from decentral import topology as topologies
+from decentral.comm import StackedComm
 from decentral.config import load
 from decentral.coordinator import Coordinator
+from decentral.cuda_graph import MOST_GRAPHS, CudaGraphs
 from decentral.engines.sim import Simulator
 from decentral.engines.worker import Group, Surroundings, Worker
 from decentral.experiment import build
+from decentral.gradients import StackedGradient
 from decentral.mixing import Mixing
 from decentral.peer import PeerComm
 from decentral.replica import Averaging, Segment
@@ -152,6 +159,147 @@ def test_autocast_on_a_gpu_rounds_products_alone():
     assert 1e-6 < off < 0.05  # eight bits
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["ring", "exponential"])
+def test_mixing_on_a_gpu_is_the_matrix_product_and_the_same_each_time(name, dtype, monkeypatch):
+    monkeypatch.setattr(door, "BLOCK_BYTES", {"cuda": 64 * 1024 * 8})  # some blocks of columns
+    n, size = 64, 5000
+    topology = topologies.build(n, name)
+    comm = StackedComm(n, Mixing(topology), dtype, "cuda")
+    x = torch.randn(n, size, dtype=torch.float64, device="cuda").to(dtype)
+    W = torch.from_numpy(topology.matrix(0).toarray()).cuda()
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    ends = [x.clone() for _ in range(10)]
+    for end in ends:
+        comm.mix_(end, 0)
+        assert torch.equal(end, ends[0])
+    torch.testing.assert_close(ends[0].double(), W @ x.double(), rtol=tolerance, atol=tolerance)
+    out_of_place = comm.mix(x, 0).to(dtype)
+    torch.testing.assert_close(out_of_place, ends[0], rtol=tolerance, atol=tolerance)
+
+
+# CUDA graphs.
+
+
+class Restless(nn.Module):
+    """A layer that does what a CUDA graph would do once and for all, or not at all."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.passes = how, 0
+
+    def forward(self, x):
+        return x * self.factor(x)
+
+    def factor(self, x):
+        match self.how:
+            case "dropout":
+                return nn.functional.dropout(torch.ones_like(x), 0.3)
+            case "counts":
+                self.passes += 1
+                return 1 / self.passes
+            case "draws":
+                return random.random()
+            case "draws with numpy":
+                return np.random.rand()
+            case "waits":
+                return torch.tensor(0.5).to(x.device)
+            case "waits unseen":
+                torch.cuda.synchronize()  # torch's own watch lets it pass, a recording does not
+                return 0.5
+
+
+def restless(workers, seed, *, how):
+    task = images(workers, seed)
+    assert isinstance(task.model, nn.Sequential)
+    task.model.append(Restless(how))
+    return task
+
+
+def gradient_of(replica) -> StackedGradient:
+    return replica._gradient
+
+
+BY_GRAPH = {
+    "mlp": {},
+    "cnn": {"task": TASKS["cnn"]},
+    "dropout": {"task": {"name": "test_gpu:restless", "how": "dropout", "batch_size": 8}},
+    "micro-batches": {"task": TASKS["cnn"], "gradient": {"accumulate": 2, "clip_norm": 0.5}},
+    "autocast": {"task": TASKS["cnn"], "gradient": {"autocast": "bfloat16"}},
+}
+
+
+@pytest.mark.parametrize("kind", BY_GRAPH)
+def test_a_cuda_graph_gives_the_same_run_to_the_bit(kind, caplog):
+    config = config_of("gossip_pga", dtype="float32") | BY_GRAPH[kind]
+    seen = []
+    for by_graph in (True, False):
+        with_or_without = config | {"sim": {"device": "cuda", "cuda_graph": by_graph}}
+        seen.append(simulated(with_or_without, "cuda"))
+    (records, replica), (expected, launched) = seen
+    graphs = gradient_of(replica)._graphs
+    assert graphs is not None
+    assert len(graphs._graphs) == (2 if kind == "micro-batches" else 1)
+    assert gradient_of(launched)._graphs is None
+    assert "CUDA graph" not in caplog.text
+    assert torch.equal(replica.x, launched.x)
+    assert torch.equal(replica.buffers, launched.buffers)
+    for name, counter in launched.counters.items():
+        assert torch.equal(replica.counters[name], counter), name
+    assert_same_records(records, expected, 0, 0)
+
+
+def test_a_cuda_graph_draws_anew_at_each_step(monkeypatch):
+    _, replica = simulated(config_of("gossip_pga") | BY_GRAPH["dropout"], "cuda")
+    gradient = gradient_of(replica)
+    batch = gradient._batch(3)
+    monkeypatch.setattr(gradient, "_batch", lambda *_: batch)
+    one, again, other = (gradient(step) for step in (3, 3, 5))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("counts", "changes an attribute"),
+        ("draws", "draws on the host"),
+        ("draws with numpy", "draws on the host"),
+        ("waits", "synchroniz"),
+        ("waits unseen", "captur"),
+    ],
+)
+def test_a_model_that_a_cuda_graph_cannot_repeat_goes_without(how, reason, caplog):
+    task = {"name": "test_gpu:restless", "how": how, "batch_size": 8}
+    config = config_of("gossip_pga", dtype="float32") | {"task": task}
+    seen = []
+    for by_graph in (True, False):
+        random.seed(1)
+        np.random.seed(1)
+        with_or_without = config | {"sim": {"device": "cuda", "cuda_graph": by_graph}}
+        seen.append(simulated(with_or_without, "cuda"))
+    (_, replica), (_, launched) = seen
+    graphs = gradient_of(replica)._graphs
+    assert graphs is not None
+    assert not graphs._graphs
+    (said,) = [r.getMessage() for r in caplog.records if "CUDA graph" in r.getMessage()]
+    assert reason in said.lower()
+    assert torch.equal(replica.x, launched.x)
+    assert torch.rand(3, device="cuda").isfinite().all()  # the generator goes on
+
+
+def test_arguments_of_many_shapes_make_few_graphs():
+    graphs = CudaGraphs(nn.Identity())
+    for _ in range(4):
+        for length in range(1, 13):
+            x = torch.rand(length, device="cuda")
+            assert torch.equal(
+                graphs(lambda tensors: tensors[0].square().cumsum(0), (x,), "set"),
+                x.square().cumsum(0),
+            )
+    assert len(graphs._graphs) == MOST_GRAPHS
+
+
 @needs_ray
 def test_a_run_begun_on_a_gpu_goes_on_on_the_cpu(tmp_path):
     config = config_of("gradient_tracking", "cnn", checkpoint={"every": 6})
@@ -262,6 +410,8 @@ def test_ray_workers_that_share_a_card_exchange_through_gloo(section, told):
     engine = RayEngine(experiment, said.append)
     try:
         devices = engine.ask(_device)
+        parents = set(engine.ask(_parent))
+        nursery = {p.pid for p in psutil.Process().children() if "decentral.nursery" in p.cmdline()}
         records = [r for r in Coordinator(experiment, engine).run() if r is not None]
     finally:
         engine.close()
@@ -269,11 +419,16 @@ def test_ray_workers_that_share_a_card_exchange_through_gloo(section, told):
         4 - section.get("cpu_workers", 0)
     )
     assert any(told in line and "gloo" in line for line in said)
+    assert parents == nursery
     assert_same_records(records, expected, 1e-9, 1e-12)
 
 
 def _device(worker):
     return worker.device
+
+
+def _parent(worker):
+    return os.getppid()
 
 
 # Memory.

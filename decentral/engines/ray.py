@@ -599,9 +599,8 @@ def connect(config: RayConfig, workers: int, logs: bool = True) -> ExitStack:
             cluster.enter_context(_token())
             # More logical CPUs than there are: a laptop may hold more workers than it has cores.
             cpus = max(os.cpu_count() or 1, math.ceil(workers * config.cpus_per_worker))
-            # An older Ray, such as 2.40, runs nothing but Python. With GPUs CUDA's libraries would
-            # be forked too, which has not been tried.
-            forks = not config.gpus_per_worker and "py_executable" in RuntimeEnv.known_fields
+            # An older Ray, such as 2.40, runs nothing but Python.
+            forks = "py_executable" in RuntimeEnv.known_fields
             executable = cluster.enter_context(nursery()) if forks else None
             start_cluster(cpus, logs, executable)
             cluster.callback(ray.shutdown)

@@ -49,7 +49,12 @@ class Simulator:
         algorithm = experiment.algorithm
         groups = consecutive_groups(n, algorithm.schedule.groups)
         gradient = StackedGradient(
-            self._model, experiment.task, sampler, n, **config.gradient.model_dump()
+            self._model,
+            experiment.task,
+            sampler,
+            n,
+            **config.gradient.model_dump(),
+            cuda_graph=config.sim.cuda_graph,
         )
         mixing = experiment.mixing(experiment.topology_of(self.members), self.members)
         comm = StackedComm(n, mixing, experiment.dtype, config.sim.device, groups)
