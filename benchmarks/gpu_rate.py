@@ -230,12 +230,8 @@ def cnn() -> nn.Module:
 
 def measure(experiment: Experiment, rounds: int, seconds: float) -> dict[str, Any]:
     n = experiment.config.workers
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     simulator = Simulator(experiment)
     ours = simulation(simulator)
-    ours()
-    memory = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None
     launched = simulation(Simulator(without_graphs(experiment)))
     train = single_model(experiment)
     halves = {"simulated": ours, "launched": launched, "single": train}
@@ -261,7 +257,6 @@ def measure(experiment: Experiment, rounds: int, seconds: float) -> dict[str, An
         "ratio": ratio(times["simulated"], times["single"]),
         "graph": ratio(times["simulated"], times["launched"]),
         "parts_ms": parts(experiment, replica),
-        "peak_bytes": memory,
     }
 
 

@@ -277,7 +277,6 @@ class StackedGradient:
             for name, counter in model.counters().items()
         }
         self._buffers = model.buffers.views(self.buffers) | self.counters
-        self._vmapped = vmap(self._loss, randomness="different")
         if model.takes_vmap is None:
             model.takes_vmap = self._takes_vmap()
             if model.takes_vmap and autocast is not None:
@@ -392,8 +391,10 @@ class StackedGradient:
     def _stacked(
         self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], batch: tuple[Tensor, ...]
     ) -> Tensor:
+        # Not kept: it would hold this object, and with it n models, until garbage is collected.
+        vmapped = vmap(self._loss, randomness="different")
         with WeightFirst():
-            return self._vmapped(parameters, buffers, batch)
+            return vmapped(parameters, buffers, batch)
 
     def _loss(
         self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], batch: tuple[Tensor, ...]

@@ -8,7 +8,6 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
-from types import MethodType
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
@@ -142,14 +141,12 @@ def optimizer(name: str, options: dict[str, Any]) -> MakeOptimizer:
     if not bound["lr"] >= 0:
         raise UserError(f"must be at least 0; got {bound['lr']!r}", "optimizer.lr")
 
-    step = _without_the_compiler(kind)
+    light = _without_the_compiler(kind)
 
     def make(parameters: list[Any]) -> torch.optim.Optimizer:
         tensors = [t for of in parameters for t in (of["params"] if isinstance(of, dict) else [of])]
         form: dict[str, Any] = {"fused": True} if fuses(kind, bound, tensors) else {}
-        made = kind(parameters, **(bound | form))
-        made.step = MethodType(step, made)  # pyright: ignore[reportAttributeAccessIssue]
-        return made
+        return light(parameters, **(bound | form))
 
     try:
         element_wise = is_element_wise(make)
@@ -309,9 +306,9 @@ def fuses(
     """Whether to take torch's fused form of an optimizer: one pass over memory, and not one for
     each operation.
 
-    On a CPU, where torch takes it on request only, and where no option asks for another form. Not
-    for tensors with gaps, such as columns of a matrix: torch 2.13 writes into the gaps. Not
-    in bfloat16, where its fused SGD takes steps that are off by as much as the step.
+    torch takes it on request only; here it is taken where no option asks for another form. Not for
+    tensors with gaps, such as columns of a matrix: on CPUs torch 2.13 writes into the gaps. Not in
+    bfloat16, where its fused SGD takes steps that are off by as much as the step.
     """
     return (
         kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
@@ -319,13 +316,16 @@ def fuses(
         and options.get("fused") is None
         and not (options.get("capturable") or options.get("differentiable"))
         and not isinstance(options.get("lr"), Tensor)
-        and all(t.is_cpu and t.is_contiguous() and t.dtype != torch.bfloat16 for t in tensors)
+        and all(
+            (t.is_cpu or t.is_cuda) and t.is_contiguous() and t.dtype != torch.bfloat16
+            for t in tensors
+        )
     )
 
 
-def _without_the_compiler(kind: type[torch.optim.Optimizer]) -> Callable[..., Any]:
-    """The method `step` of a torch optimizer, hooks and all, that does not import torch.compile's
-    machinery: each process would spend as long on it as on torch itself.
+def _without_the_compiler(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """A torch optimizer whose steps do not import torch.compile's machinery: each process would
+    spend as long on it as on torch itself.
 
     torch wraps `step` in what tells the compiler where a graph ends, and other methods so that the
     compiler leaves them alone. Of these the first call imports it, to be told how, unless the
@@ -335,8 +335,7 @@ def _without_the_compiler(kind: type[torch.optim.Optimizer]) -> Callable[..., An
         wrapped = getattr(method, "__wrapped__", None)
         if wrapped is not None:
             vars(wrapped).setdefault("__dynamo_disable", wrapped)
-    step = torch.no_grad()(inspect.unwrap(kind.step))
-    return torch.optim.Optimizer.profile_hook_step(step)
+    return type(kind.__name__, (kind,), {"step": torch.no_grad()(inspect.unwrap(kind.step))})
 
 
 def is_element_wise(make: MakeOptimizer) -> bool:

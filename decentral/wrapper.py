@@ -390,8 +390,10 @@ class _Stepper:
                 group["fused"] = own
 
     def _fuses(self, group: Mapping[str, Any]) -> bool:
+        """Not on GPUs, where torch then keeps Adam's state in another place."""
         gradients = [p.grad for p in group["params"] if p.grad is not None]
-        return fuses(type(self.optimizer), group, gradients)  # parameters are like them, and dense
+        on_cpu = all(gradient.is_cpu for gradient in gradients)  # as the parameters, and as dense
+        return on_cpu and fuses(type(self.optimizer), group, gradients)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         groups = self.param_groups

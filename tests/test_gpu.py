@@ -300,9 +300,25 @@ def test_arguments_of_many_shapes_make_few_graphs():
     assert len(graphs._graphs) == MOST_GRAPHS
 
 
+OPTIMIZERS = {
+    "sgd": {"name": "sgd", "lr": 0.1, "momentum": 0.9},
+    "adamw": {"name": "adamw", "lr": 0.01},
+    "rmsprop": {"name": "rmsprop", "lr": 0.01},  # torch has no fused form of it
+}
+
+
 @needs_ray
-def test_a_run_begun_on_a_gpu_goes_on_on_the_cpu(tmp_path):
-    config = config_of("gradient_tracking", "cnn", checkpoint={"every": 6})
+@pytest.mark.parametrize(
+    ("method", "task", "optimizer"),
+    [
+        ("gradient_tracking", "cnn", "sgd"),
+        ("gossip_pga", "mlp", "adamw"),
+        ("gossip_pga", "mlp", "rmsprop"),
+    ],
+)
+def test_a_run_begun_on_a_gpu_goes_on_on_the_cpu(method, task, optimizer, tmp_path):
+    config = config_of(method, task, checkpoint={"every": 6})
+    config["optimizer"] = OPTIMIZERS[optimizer]
     whole = decentral.run(config)
     on_gpu = config | {"sim": {"device": "cuda"}, "steps": 6}
     decentral.run(on_gpu, out=tmp_path / "run")

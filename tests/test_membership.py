@@ -1,6 +1,8 @@
 """Workers that go and come: what the others do then, against loops written out by hand."""
 
+import gc
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from decentral.engines.sim import Simulator
 from decentral.experiment import build
 from decentral.mixing import Mixing
 from decentral.peer import Patience, PeerComm
-from decentral.replica import Averaging, Segment, filled, rows_of
+from decentral.replica import Averaging, Replica, Segment, filled, rows_of
 
 LR = 0.1
 
@@ -80,6 +82,30 @@ def test_those_that_are_left_go_on_from_where_they_are_over_a_smaller_ring(point
     metrics = decentral.run(points).metrics
     assert list(metrics.workers) == [5, 5, 5, 4, 4, 4, 4, 4]
     assert list(np.diff(metrics.bytes_sent)) == [5 * 2 * 24] * 2 + [4 * 2 * 24] * 5
+
+
+@pytest.mark.parametrize(
+    "optimizer", [{"name": "sgd", "lr": LR, "momentum": 0.9}, {"name": "adamw", "lr": LR}]
+)
+def test_buffers_of_those_that_were_are_free_at_once(points, optimizer):
+    """All n models, their gradients and momentum: not when garbage is collected."""
+    points |= {"optimizer": optimizer, "lr_schedule": {"name": "cosine", "T_max": 8}}
+    simulator = Simulator(build(load(points)))
+    segment = Segment(0, 2, Averaging.NEIGHBOURS, True, record=True)
+    gc.disable()
+    try:
+        simulator.run(segment)
+        replica = simulator.replica
+        assert isinstance(replica, Replica)
+        state = [t for held in replica.optimizer.state.values() for t in held.values()]
+        buffers = [replica.x, replica._gradient.value, *(t for t in state if t.dim() == 2)]
+        assert len(buffers) >= 3
+        before = [weakref.ref(buffer) for buffer in buffers]
+        del replica, state, buffers
+        simulator.regroup([0, 1, 3, 4])
+        assert [buffer() for buffer in before] == [None] * len(before)
+    finally:
+        gc.enable()
 
 
 def test_a_replacement_starts_from_the_mean_of_the_others(points):
