@@ -27,8 +27,20 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
-    """Tests that must be without the shared cluster come last, so that it starts once."""
-    items.sort(key=lambda item: "alone" in item.fixturenames)
+    """What goes to which of the processes of `pytest -n 2`, and in which order.
+
+    A module stays together, and so do all tests that share a cluster. They come first, so that it
+    starts once, and next the modules that take longest; what must be without it comes last.
+    """
+    groups = {}
+    for item in items:
+        needs = item.fixturenames
+        shares = "shared_cluster" in needs and "alone" not in needs
+        groups[item] = "cluster" if shares else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(groups[item]))
+    first = ["cluster", "test_benchmarks", "test_launch"]
+    order = {group: place for place, group in enumerate(first)}
+    items.sort(key=lambda item: ("alone" in item.fixturenames, order.get(groups[item], len(first))))
 
 
 @pytest.fixture(scope="session")
