@@ -2,15 +2,18 @@
 
 import contextlib
 import logging
+import math
 import platform
 import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.func import vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import decentral
 from decentral.gradients import (
@@ -20,7 +23,7 @@ from decentral.gradients import (
     Layout,
     ModuleGradient,
     StackedGradient,
-    WeightFirst,
+    StackedLayers,
     workers_at_once,
 )
 from decentral.tasks import Sampler, Task
@@ -184,7 +187,7 @@ def test_stacked_weights_get_their_gradients_as_they_lie_in_memory(bias):
     x, weight = torch.randn(4, 6, 5), torch.randn(4, 3, 5, requires_grad=True)
     biases = (torch.randn(4, 3),) if bias else ()
     strides = {}
-    for name, context in {"torch": contextlib.nullcontext(), "own": WeightFirst()}.items():
+    for name, context in {"torch": contextlib.nullcontext(), "own": StackedLayers()}.items():
         with context:
             output = vmap(nn.functional.linear)(x, weight, *biases)
         (gradient,) = torch.autograd.grad(output.square().sum(), weight)
@@ -195,9 +198,55 @@ def test_stacked_weights_get_their_gradients_as_they_lie_in_memory(bias):
 def test_a_linear_layer_of_which_only_the_bias_is_each_workers_own():
     """A frozen weight, and an input that all share."""
     x, weight, bias = torch.randn(6, 5), torch.randn(3, 5), torch.randn(4, 3)
-    with WeightFirst():
+    with StackedLayers():
         output = vmap(nn.functional.linear, in_dims=(None, None, 0))(x, weight, bias)
     torch.testing.assert_close(output, x @ weight.T + bias.unsqueeze(1))
+
+
+POOLS = {
+    "windows apart": {"kernel_size": 2},
+    "overlapping": {"kernel_size": 3, "stride": 2, "padding": 1},
+    "dilated": {"kernel_size": 2, "stride": 1, "dilation": 2},
+    "with a rest": {"kernel_size": (2, 3), "ceil_mode": True},
+}
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_stacked_max_pooling_is_torchs_to_the_bit(pool):
+    """Of equal numbers, such as the zeros of a ReLU, the same one has the gradient."""
+    layer = nn.MaxPool2d(**POOLS[pool])
+    x = torch.randn(3, 2, 8, 7, 9, generator=torch.Generator().manual_seed(0)).round(decimals=0)
+    x[0, 0, :, 2, 3] = math.nan
+    x = x.requires_grad_()
+    ends = []
+    for context in (contextlib.nullcontext(), StackedLayers()):
+        with context:
+            output = vmap(layer)(x)
+        weights = torch.arange(output.numel(), dtype=output.dtype).reshape(output.shape)
+        ends.append((output.detach(), *torch.autograd.grad((output * weights).nansum(), x)))
+    (output, gradient), (own, own_gradient) = ends
+    np.testing.assert_array_equal(own, output)
+    np.testing.assert_array_equal(own_gradient, gradient)
+    assert output.isnan().any()
+
+
+def test_stacked_max_pooling_has_the_channels_last():
+    """In memory, within it and on its way back: otherwise it takes ten times as long."""
+    x = torch.randn(3, 2, 8, 4, 4, requires_grad=True)
+    seen = []
+
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "max_pool2d" in str(func):
+                tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+                seen.extend(t.is_contiguous(memory_format=torch.channels_last) for t in tensors)
+            return func(*args, **(kwargs or {}))
+
+    with Look():
+        with StackedLayers():
+            output = vmap(nn.MaxPool2d(2))(x)
+        torch.autograd.grad((output * torch.ones(output.shape)).sum(), x)
+    assert seen == [True] * 4  # x; the gradient, x and the places
 
 
 @pytest.mark.parametrize("options", [{}, {"accumulate": 3, "clip_norm": 0.05}])
@@ -485,7 +534,7 @@ def faults():
 step()
 without = faults()
 keep_freed_memory()
-step()
+first = [faults() for _ in range(4)]  # in these the heap still grows
 print(without, faults())
 """
 
@@ -499,7 +548,7 @@ def test_a_step_finds_the_memory_of_the_last_one():
     )
     without, kept = map(int, done.stdout.split())
     assert without > 3000  # at times glibc keeps some by itself
-    assert kept < without / 2  # and at times a tensor finds no hole that is large enough
+    assert kept < 300
 
 
 def test_a_pass_of_many_workers_is_bounded_in_memory():

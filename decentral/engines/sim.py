@@ -1,6 +1,8 @@
 """The simulator: all workers in one process, stacked along the first axis of every tensor."""
 
 import copy
+import ctypes
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,12 +15,13 @@ from decentral.comm import StackedComm, consecutive_groups
 from decentral.diagnostics.figures import diagnostics_of
 from decentral.evaluation import accuracies, averaged_buffers, averaged_figures
 from decentral.experiment import Experiment
-from decentral.gradients import FlatModel, StackedGradient
+from decentral.gradients import PASS_BYTES, FlatModel, StackedGradient
 from decentral.replica import Replica, Report, Segment, rows_of
 from decentral.storage import Storage, Writing, Written, all_written
 from decentral.timing import step_seconds
 
 FILE = "workers.pt"  # of a checkpoint
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 class Simulator:
@@ -155,10 +158,14 @@ class Simulator:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep 64 MiB of what torch frees, for the next step; elsewhere it does nothing.
+    """Let glibc keep what torch frees for the next step; elsewhere it does nothing.
 
     What goes back to the system at the end of a step comes again page by page, each with a fault.
-    glibc gives back what is above twice the largest block that it ever mapped by itself and freed,
-    and maps by itself what is larger than that block, if it is below 32 MiB (malloc.c).
+    glibc gives back what lies above M_TRIM_THRESHOLD at the end of its heap, and maps by itself
+    what is larger than M_MMAP_THRESHOLD, of which 32 MiB is the most (malloc.c).
     """
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)
+    if sys.platform == "linux":
+        set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+        if set_option is not None:
+            set_option(M_TRIM_THRESHOLD, 2 * PASS_BYTES["cpu"])
+            set_option(M_MMAP_THRESHOLD, 2**25)
