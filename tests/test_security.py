@@ -19,7 +19,7 @@ import ray._private.worker
 import yaml
 
 from decentral.config import load
-from decentral.engines.ray import RayEngine, _token
+from decentral.engines.ray import RayEngine, _read_token_again, _token
 from decentral.engines.worker import Group, Surroundings, Worker
 from decentral.experiment import build
 
@@ -29,12 +29,14 @@ TOKEN_NAMES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 @pytest.fixture
-def no_token(tmp_path, monkeypatch):
-    """A user who has set nothing of Ray's; an empty home directory, which is returned."""
-    for name in TOKEN_NAMES:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    return tmp_path
+def no_token(tmp_path):
+    """A user who has set nothing of Ray's; an empty home directory, which is given."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name in TOKEN_NAMES:
+            environment.delenv(name, raising=False)
+        environment.setenv("HOME", str(tmp_path))
+        yield tmp_path
+    _read_token_again()  # Ray sets a mode itself, where a home directory has a token
 
 
 def token_settings() -> dict[str, str]:
