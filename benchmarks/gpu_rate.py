@@ -30,6 +30,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from segments import median_ratio
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -254,14 +255,10 @@ def measure(experiment: Experiment, rounds: int, seconds: float) -> dict[str, An
         "worker_steps_per_s": n / step_s,
         "launched_ms": statistics.median(times["launched"]) * 1e3,
         "single_model_ms": statistics.median(times["single"]) * 1e3,
-        "ratio": ratio(times["simulated"], times["single"]),
-        "graph": ratio(times["simulated"], times["launched"]),
+        "ratio": median_ratio(times["simulated"], times["single"]),
+        "graph": median_ratio(times["simulated"], times["launched"]),
         "parts_ms": parts(experiment, replica),
     }
-
-
-def ratio(over: list[float], under: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
 def without_graphs(experiment: Experiment) -> Experiment:

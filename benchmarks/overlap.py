@@ -28,10 +28,11 @@ import ranks
 import torch
 import torch.distributed as dist
 import typer
-from ranks import hosts, median_ratio
+from ranks import hosts
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from segments import median_ratio
 
 import decentral
 from decentral.config import load

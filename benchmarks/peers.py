@@ -29,10 +29,10 @@ import ranks
 import torch
 import torch.distributed as dist
 import typer
-from ranks import median_ratio
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from segments import median_ratio
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 
 import decentral

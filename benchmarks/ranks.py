@@ -6,7 +6,6 @@ Hosts are network namespaces on this machine, as the tests have them: needs root
 import json
 import os
 import signal
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -83,8 +82,3 @@ def in_turns(acts: Mapping[str, Callable[[int], object]], rounds: int, in_a_row:
                 times.seconds[name].append(took.item() / in_a_row)
                 times.processor_s[name].append(work.item() / in_a_row)
     return times
-
-
-def median_ratio(a: list[float], b: list[float]) -> float:
-    """Of figures taken in the same round."""
-    return statistics.median(x / y for x, y in zip(a, b, strict=True))

@@ -29,6 +29,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from segments import median_ratio
 
 from decentral.config import load
 from decentral.coordinator import Coordinator
@@ -117,8 +118,8 @@ def scaled(n: int, topology: str, rounds: int) -> dict[str, Any]:
         "topology": topology,
         **{f"{name}_ms": seconds * 1e3 for name, seconds in medians.items()},
         "us_per_worker_step": medians["step"] / n * 1e6,
-        "ratio": ratio(taken["step"], taken["single"]),
-        "ratio_without_drawing": ratio(taken["step"], taken["single_without_drawing"]),
+        "ratio": median_ratio(taken["step"], taken["single"]),
+        "ratio_without_drawing": median_ratio(taken["step"], taken["single_without_drawing"]),
     }
 
 
@@ -183,9 +184,9 @@ def overhead(name: str, n: int, steps: int, rounds: int) -> dict[str, Any]:
         "workers": n,
         "steps": steps,
         "step_ms": statistics.median(taken["bare"]) / steps * 1e3,
-        "records": ratio(taken["recorded"], taken["bare"]) - 1,
+        "records": median_ratio(taken["recorded"], taken["bare"]) - 1,
         "evaluation_ms": statistics.median(taken["evaluation"]) * 1e3,
-        "evaluation_in_steps": ratio(taken["evaluation"], taken["bare"]) * steps,
+        "evaluation_in_steps": median_ratio(taken["evaluation"], taken["bare"]) * steps,
     }
 
 
@@ -204,10 +205,6 @@ def seconds(act: Callable[[], object]) -> float:
     start = time.process_time()
     act()
     return time.process_time() - start
-
-
-def ratio(times: list[float], of: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(times, of, strict=True))
 
 
 def table(title: str, rows: list[dict[str, Any]]) -> Table:

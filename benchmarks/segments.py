@@ -1,5 +1,6 @@
-"""Steps of an engine or of a worker, so many at a call: what benchmarks time."""
+"""Steps of an engine or of a worker, so many at a call, and their times: what benchmarks share."""
 
+import statistics
 from collections.abc import Callable
 
 from decentral.replica import Averaging, Segment
@@ -20,3 +21,8 @@ def in_a_row(
         step += steps
 
     return call
+
+
+def median_ratio(a: list[float], b: list[float]) -> float:
+    """Of figures taken in the same round."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))

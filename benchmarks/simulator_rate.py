@@ -31,6 +31,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from segments import median_ratio
 from torch import Tensor
 
 from decentral.config import load
@@ -133,21 +134,17 @@ def measure(model: str, n: int, text: str, repeats: int, seconds: float) -> dict
         "step_cpu_ms": statistics.median(cpu_s["simulated"]) * 1e3,
         "worker_steps_per_s": n / step_s,
         "single_model_ms": statistics.median(wall_s["single"]) * 1e3,
-        "ratio": ratio(wall_s["simulated"], wall_s["single"]),
-        "cpu_ratio": ratio(cpu_s["simulated"], cpu_s["single"]),
-        "one_by_one_ratio": ratio(wall_s["one by one"], wall_s["single"]),
-        "one_by_one_cpu_ratio": ratio(cpu_s["one by one"], cpu_s["single"]),
+        "ratio": median_ratio(wall_s["simulated"], wall_s["single"]),
+        "cpu_ratio": median_ratio(cpu_s["simulated"], cpu_s["single"]),
+        "one_by_one_ratio": median_ratio(wall_s["one by one"], wall_s["single"]),
+        "one_by_one_cpu_ratio": median_ratio(cpu_s["one by one"], cpu_s["single"]),
         **{
-            f"{name}_{of}ratio": ratio(times[name], times["simulated"])
+            f"{name}_{of}ratio": median_ratio(times[name], times["simulated"])
             for name in ("half", "twice")
             for of, times in (("", wall_s), ("cpu_", cpu_s))
         },
         "parts_ms": parts(experiment, max(3, min(40, int(seconds / step_s / 4)))),
     }
-
-
-def ratio(these: list[float], those: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(these, those, strict=True))
 
 
 def gradient_of(simulator: Simulator) -> StackedGradient:
