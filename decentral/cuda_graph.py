@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 MOST_GRAPHS = 8
 
 
+Do = Callable[[tuple[Tensor, ...]], Tensor]
+
+
 class _Graph(NamedTuple):
     graph: torch.cuda.CUDAGraph
     arguments: tuple[Tensor, ...]
@@ -46,12 +49,7 @@ class CudaGraphs:
         self._graphs: dict[Hashable, _Graph] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(
-        self,
-        do: Callable[[tuple[Tensor, ...]], Tensor],
-        arguments: tuple[Tensor, ...],
-        key: Hashable,
-    ) -> Tensor:
+    def __call__(self, do: Do, arguments: tuple[Tensor, ...], key: Hashable) -> Tensor:
         """`do(arguments)`, a new tensor. `do` is the same for the same key, and whatever else it
         reads or writes stays where it is in memory."""
         key = key, tuple((tensor.shape, tensor.dtype) for tensor in arguments)
@@ -73,12 +71,8 @@ class CudaGraphs:
         recorded.graph.replay()
         return recorded.result.clone()
 
-    def _record(
-        self,
-        do: Callable[[tuple[Tensor, ...]], Tensor],
-        arguments: tuple[Tensor, ...],
-        key: Hashable,
-    ) -> bool:
+    def _record(self, do: Do, arguments: tuple[Tensor, ...], key: Hashable) -> bool:
+        """Whether there is a graph now."""
         graph, static = torch.cuda.CUDAGraph(), tuple(tensor.clone() for tensor in arguments)
         stream, generator = torch.cuda.current_stream(), _generator()
         before = generator.clone_state()
@@ -95,9 +89,7 @@ class CudaGraphs:
         self._graphs[key] = _Graph(graph, static, result)
         return True
 
-    def _watched(
-        self, do: Callable[[tuple[Tensor, ...]], Tensor], arguments: tuple[Tensor, ...]
-    ) -> Tensor:
+    def _watched(self, do: Do, arguments: tuple[Tensor, ...]) -> Tensor:
         drawn, counted = _host_draws(), self._counts()
         generator = _generator()
         before = generator.get_state()
