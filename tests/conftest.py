@@ -26,11 +26,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """What goes to which of the processes of `pytest -n 2`, and in which order.
 
     A module stays together, and so do all tests that share a cluster. They come first, so that it
     starts once, and next the modules that take longest; what must be without it comes last.
+    First of all such hooks: pytest-xdist's own reads the groups.
     """
     groups = {}
     for item in items:
