@@ -10,7 +10,9 @@ decentral's workers average with both neighbours at a step and decent-dp's with 
     nice -n -15 python benchmarks/peers.py --out benchmarks/results/peers.json
 
 All take turns; a ratio is the median over rounds of decentral's time over the other's, by the clock
-and in processor time, which other programs on the machine touch less.
+and in processor time, which other programs on the machine touch less. decentral has gloo's threads
+give way to the worker's, see decentral/gloo.py; while the others have their turn, gloo's are as
+torch starts them, or give way too with --all-give-way.
 """
 
 import copy
@@ -36,6 +38,7 @@ from segments import median_ratio
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 
 import decentral
+from decentral import gloo
 from decentral.config import load
 from decentral.experiment import Experiment, build
 from decentral.tasks import fetch
@@ -66,6 +69,9 @@ def main(
         list[int] | None, typer.Option(min=1, help="Width of the two hidden layers; repeatable.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Of all, after one to warm up.")] = 11,
+    all_give_way: Annotated[
+        bool, typer.Option("--all-give-way", help="Gloo's threads, for decent-dp and torch too.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Write the figures there, as JSON.")] = None,
 ) -> None:
     """Time a step of decentral's wrapper beside decent-dp and torch's averager, in turns."""
@@ -79,14 +85,15 @@ def main(
     sizes = []
     for n in workers or [2, 4]:
         for width in hidden or [256, 2048]:
-            measured = run_on_ranks(n, measure, n, width, rounds, timeout_s=900)
+            measured = run_on_ranks(n, measure, n, width, rounds, all_give_way, timeout_s=900)
             sizes.append(size_of(n, *measured[0]))
             console.print(table(sizes[-1]))
     if out is not None:
         result = {
             "benchmark": "peers",
             "settings": {"rounds": rounds, "in_a_row": IN_A_ROW, "batch_size": BATCH}
-            | {"period": PERIOD, "decent_dp": version, "threads_of_a_worker": 1},
+            | {"period": PERIOD, "decent_dp": version, "threads_of_a_worker": 1}
+            | {"all_give_way": all_give_way},
             "sizes": sizes,
             "seconds": time.perf_counter() - start,
             "machine": machine.describe(load_average),
@@ -95,7 +102,9 @@ def main(
         console.print(f"written to {out}")
 
 
-def measure(rank: int, n: int, width: int, rounds: int) -> tuple[int, ranks.Times]:
+def measure(
+    rank: int, n: int, width: int, rounds: int, all_give_way: bool
+) -> tuple[int, ranks.Times]:
     """On one rank: how many parameters, and the times of a step of each."""
     config = {
         "workers": n,
@@ -121,7 +130,15 @@ def measure(rank: int, n: int, width: int, rounds: int) -> tuple[int, ranks.Time
         elif other not in acts:
             acts[other] = decent_dp_loop(experiment, rank, other.removeprefix("decent-dp "))
         acts[name_of(method, topology)] = wrapped_loop(experiment, rank, method, topology)
-    times = ranks.in_turns(acts, rounds, IN_A_ROW)
+    own = {name_of(method, topology) for method, topology, _ in PAIRS}
+
+    def prepare(name: str) -> None:
+        gives_way = all_give_way or name in own
+        for loop in gloo.loops():
+            policy = os.SCHED_BATCH if gives_way else os.SCHED_OTHER
+            os.sched_setscheduler(loop, policy, os.sched_param(0))
+
+    times = ranks.in_turns(acts, rounds, IN_A_ROW, prepare)
     parameters = sum(p.numel() for p in experiment.task.model.parameters())
     return parameters, times
 

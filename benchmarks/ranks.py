@@ -5,6 +5,7 @@ Hosts are network namespaces on this machine, as the tests have them: needs root
 
 import json
 import os
+import random
 import signal
 import sys
 import time
@@ -58,17 +59,22 @@ class Times(NamedTuple):
     processor_s: dict[str, list[float]]
 
 
-def in_turns(acts: Mapping[str, Callable[[int], object]], rounds: int, in_a_row: int) -> Times:
+def in_turns(
+    acts: Mapping[str, Callable[[int], object]],
+    rounds: int,
+    in_a_row: int,
+    prepare: Callable[[str], object] = lambda name: None,
+) -> Times:
     """Time each act, called with 0 .. in_a_row - 1.
 
-    All take turns, round by round, each time in another order; a round before is to warm up. A
-    call before each turn is not timed, so that what a call leaves under way is so at both ends.
+    All take turns, round by round, each time in another order, drawn, so that none comes behind the
+    same one; a round before is to warm up. `prepare` and a call before each turn are not timed, so
+    that what a call leaves under way is so at both ends.
     """
-    names = list(acts)
-    times = Times({name: [] for name in names}, {name: [] for name in names})
+    times = Times({name: [] for name in acts}, {name: [] for name in acts})
     for number in range(rounds + 1):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
+        for name in random.Random(number).sample([*acts], len(acts)):
+            prepare(name)
             dist.barrier()
             acts[name](in_a_row - 1)
             began, worked = time.perf_counter(), time.process_time()

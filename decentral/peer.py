@@ -11,6 +11,7 @@ import torch.distributed as dist
 from scipy.sparse import csr_array
 from torch import Tensor
 
+from decentral import gloo
 from decentral.comm import (
     Decode,
     Event,
@@ -126,6 +127,7 @@ class PeerComm:
         patience: Patience | None = None,
         device: str = "cpu",
     ):
+        gloo.give_way(gloo.loops())
         self.rank = dist.get_rank()
         self.n = dist.get_world_size()
         self.bytes_sent = 0
