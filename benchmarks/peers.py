@@ -11,8 +11,8 @@ decentral's workers average with both neighbours at a step and decent-dp's with 
 
 All take turns; a ratio is the median over rounds of decentral's time over the other's, by the clock
 and in processor time, which other programs on the machine touch less. decentral has gloo's threads
-give way to the worker's, see decentral/gloo.py; while the others have their turn, gloo's are as
-torch starts them, or give way too with --all-give-way.
+give way to the worker's, see decentral/gloo.py. The others are timed with these threads as torch
+starts them, and once more with threads that give way to theirs as well.
 """
 
 import copy
@@ -48,7 +48,7 @@ IN_A_ROW = 8  # steps a timing: whole periods of all that is compared
 PERIOD = 4
 BATCH = 32
 SGD: dict[str, Any] = {"lr": 0.05, "momentum": 0.9}
-TORCHS = "torch PeriodicModelAverager"
+TORCHS = "torch averager"
 # decentral's method and topology, and what it is compared with.
 PAIRS: list[tuple[str, str | None, str]] = [
     ("local_sgd", None, TORCHS),
@@ -59,6 +59,7 @@ PAIRS: list[tuple[str, str | None, str]] = [
     ("gossip_cta", "one_peer_exponential", "decent-dp one-peer-exp"),
     ("gossip_sgd", "one_peer_exponential", "decent-dp one-peer-exp"),
 ]
+GIVING_WAY = ", giving way"  # of another with gloo's threads as decentral has them
 NAMES = {"pairs": "hyper_hypercube"}  # of a topology
 Step = Callable[[int], None]
 
@@ -69,9 +70,6 @@ def main(
         list[int] | None, typer.Option(min=1, help="Width of the two hidden layers; repeatable.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Of all, after one to warm up.")] = 11,
-    all_give_way: Annotated[
-        bool, typer.Option("--all-give-way", help="Gloo's threads, for decent-dp and torch too.")
-    ] = False,
     out: Annotated[Path | None, typer.Option(help="Write the figures there, as JSON.")] = None,
 ) -> None:
     """Time a step of decentral's wrapper beside decent-dp and torch's averager, in turns."""
@@ -85,15 +83,14 @@ def main(
     sizes = []
     for n in workers or [2, 4]:
         for width in hidden or [256, 2048]:
-            measured = run_on_ranks(n, measure, n, width, rounds, all_give_way, timeout_s=900)
+            measured = run_on_ranks(n, measure, n, width, rounds, timeout_s=900)
             sizes.append(size_of(n, *measured[0]))
             console.print(table(sizes[-1]))
     if out is not None:
         result = {
             "benchmark": "peers",
             "settings": {"rounds": rounds, "in_a_row": IN_A_ROW, "batch_size": BATCH}
-            | {"period": PERIOD, "decent_dp": version, "threads_of_a_worker": 1}
-            | {"all_give_way": all_give_way},
+            | {"period": PERIOD, "decent_dp": version, "threads_of_a_worker": 1},
             "sizes": sizes,
             "seconds": time.perf_counter() - start,
             "machine": machine.describe(load_average),
@@ -102,9 +99,7 @@ def main(
         console.print(f"written to {out}")
 
 
-def measure(
-    rank: int, n: int, width: int, rounds: int, all_give_way: bool
-) -> tuple[int, ranks.Times]:
+def measure(rank: int, n: int, width: int, rounds: int) -> tuple[int, ranks.Times]:
     """On one rank: how many parameters, and the times of a step of each."""
     config = {
         "workers": n,
@@ -130,12 +125,13 @@ def measure(
         elif other not in acts:
             acts[other] = decent_dp_loop(experiment, rank, other.removeprefix("decent-dp "))
         acts[name_of(method, topology)] = wrapped_loop(experiment, rank, method, topology)
-    own = {name_of(method, topology) for method, topology, _ in PAIRS}
+    as_torch_has_it = [other for *_, other in PAIRS if other in acts]
+    for other in as_torch_has_it:
+        acts[other + GIVING_WAY] = acts[other]
 
     def prepare(name: str) -> None:
-        gives_way = all_give_way or name in own
+        policy = os.SCHED_OTHER if name in as_torch_has_it else os.SCHED_BATCH
         for loop in gloo.loops():
-            policy = os.SCHED_BATCH if gives_way else os.SCHED_OTHER
             os.sched_setscheduler(loop, policy, os.sched_param(0))
 
     times = ranks.in_turns(acts, rounds, IN_A_ROW, prepare)
@@ -226,7 +222,8 @@ def size_of(n: int, parameters: int, times: ranks.Times) -> dict[str, Any]:
             {"of": own, "to": other}
             | {"ratio": median_ratio(times.seconds[own], times.seconds[other])}
             | {"processor_ratio": median_ratio(times.processor_s[own], times.processor_s[other])}
-            for own, other in pairs
+            for own, first in pairs
+            for other in (first, first + GIVING_WAY)
             if own in times.seconds
         ],
     }

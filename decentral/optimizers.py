@@ -26,6 +26,8 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     if kind is not torch.optim.Optimizer
 } | {"lion": Lion}
 
+FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)  # torch has such a form of them
+
 
 class LinearToZero(lr_scheduler.LambdaLR):
     """lr (1 - k/steps) at its step k: zero is where the run ends, so its last step still moves.
@@ -311,7 +313,7 @@ def fuses(
     bfloat16, where its fused SGD takes steps that are off by as much as the step.
     """
     return (
-        kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+        kind in FUSED
         and options.get("foreach") is None
         and options.get("fused") is None
         and not (options.get("capturable") or options.get("differentiable"))

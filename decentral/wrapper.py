@@ -33,7 +33,7 @@ from decentral.errors import UserError
 from decentral.experiment import algorithm_of, common_key, topology_of, worker_keys
 from decentral.gradients import Layout
 from decentral.mixing import Mixing
-from decentral.optimizers import fuses
+from decentral.optimizers import FUSED, fuses
 from decentral.peer import Patience, PeerComm, own_group
 from decentral.replica import Replica, Segment, squared_distance
 from decentral.topology import Topology
@@ -384,10 +384,26 @@ class _Stepper:
         for group in fused:
             group["fused"] = True
         try:
-            self.optimizer.step()
+            self._bare_step()
         finally:
             for group, own in zip(fused, before, strict=True):
                 group["fused"] = own
+
+    def _bare_step(self) -> None:
+        """Without what torch puts around a step, where nobody needs it: for profilers and hooks it
+        is around the wrapper's own already, and takes longer than the step of a small model."""
+        optimizer = self.optimizer
+        needs_it = (
+            type(optimizer) not in FUSED
+            or optimizer.defaults["differentiable"]
+            or "step" in vars(optimizer)  # a learning-rate scheduler's, from before `wrap`
+            or optimizer._optimizer_step_pre_hooks
+            or optimizer._optimizer_step_post_hooks
+        )
+        if needs_it:
+            optimizer.step()
+        else:
+            inspect.unwrap(type(optimizer).step)(optimizer)
 
     def _fuses(self, group: Mapping[str, Any]) -> bool:
         """Not on GPUs, where torch then keeps Adam's state in another place."""
