@@ -351,15 +351,15 @@ def test_a_scheduler_made_before_wrap_sets_the_learning_rate_too(alone):
 @pytest.mark.parametrize("when", ["pre", "post"])
 def test_hooks_of_a_step_are_called_once_a_step(alone, hooked, when):
     model = network()
-    optimizers = {"bare": sgd(model)}
-    optimizers["wrapped"] = decentral.wrap(model, optimizers["bare"], "local_sgd", period=2)
+    bare = sgd(model)
+    wrapped = decentral.wrap(model, bare, "local_sgd", period=2)
     weights = []
-    register = getattr(optimizers[hooked], f"register_step_{when}_hook")
+    register = getattr(bare if hooked == "bare" else wrapped, f"register_step_{when}_hook")
     register(lambda *_: weights.append(model.get_parameter("0.weight").detach().clone()))
     before = model.get_parameter("0.weight").detach().clone()
     for step in range(3):
         model(batch(step)).square().mean().backward()
-        optimizers["wrapped"].step()
+        wrapped.step()
     assert len(weights) == 3
     assert torch.equal(weights[0], before) == (when == "pre")
 
