@@ -17,12 +17,12 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_tensors_hooks
 from torch.func import functional_call, vmap
 from torch.overrides import TorchFunctionMode
 
@@ -48,6 +48,8 @@ TENSOR_BYTES = {"cpu": 5 * 2**22, "cuda": 2**33}
 # Stacked convolutions become one grouped convolution, which slows down with many groups: an H200
 # takes 64 in a third of the time of four times 16 (benchmarks/gpu_rate.py).
 CHUNK_WORKERS_WITH_CONVOLUTIONS = 64
+# Of stacked weights, from which to look for their gradient's place takes less than to copy it.
+LEAST_BYTES_IN_PLACE = 2**20
 # Of images on a CPU, from which pooling is faster with the channels last.
 LEAST_CHANNELS_LAST = 4
 # In one CUDA graph: more of them keep the GPU busy by themselves, and a graph grows with each.
@@ -353,13 +355,13 @@ class StackedGradient:
             with torch.set_grad_enabled(mode != "none"):
                 loss = self._losses(leaves, buffers, tuple(tensor[taken] for tensor in batch))
                 total = loss.sum()
-            if mode != "none":
+            if mode == "set" and rows is None and not self.measures:
+                gradients = {name: view[where] for name, view in self._gradients.items()}
+                _fill(gradients, total, leaves)
+            elif mode != "none":
                 parts = torch.autograd.grad(total, tuple(leaves.values()), materialize_grads=True)
                 for view, part in zip(self._gradients.values(), parts, strict=True):
-                    if mode == "set" and rows is None:
-                        _copy(view[where], part)
-                    else:
-                        view[where] = part if mode == "set" else view[where] + part
+                    view[where] = part if mode == "set" else view[where] + part
                     if self.measures:
                         self._square[where] += squared_norm(part.flatten(1))
             for name, view in self._buffers.items():
@@ -440,6 +442,69 @@ class StackedGradient:
         self._model.tensor_bytes = max([gradient, *kept.values()])
         self._model.sample_bytes = math.ceil(sum(kept.values()) / len(batch[0][0]))
         return True
+
+
+def _fill(gradients: dict[str, Tensor], total: Tensor, leaves: dict[str, Tensor]) -> None:
+    """Set `gradients`, views of a flat buffer, to those of `total` by `leaves`.
+
+    A weight's that is a product of what came into its layer and the gradient of what went out is
+    computed where it is to be; others are copied there.
+    """
+    products = _products(total, leaves) if total.is_cpu else {}
+    others = [name for name in leaves if name not in products]
+    edges = [GradientEdge(product.node, 0) for product in products.values()]
+    inputs: Any = (*(leaves[name] for name in others), *edges)  # of both kinds, which torch takes
+    parts = torch.autograd.grad(total, inputs, materialize_grads=True)
+    for name, part in zip(others, parts, strict=False):
+        _copy(gradients[name], part)
+    for (name, product), outgoing in zip(products.items(), parts[len(others) :], strict=True):
+        torch.bmm(outgoing, product.incoming.mT, out=gradients[name])
+
+
+# Nodes of autograd behind which the same numbers lie in the same order.
+SHAPES_ALONE = ("ExpandBackward0", "ReshapeAliasBackward0", "ViewBackward0")
+
+
+class _Product(NamedTuple):
+    """W X of stacked workers, W [n, out, in] a leaf: autograd's node of it; X, [n, in, batch]."""
+
+    node: Node
+    incoming: Tensor
+
+
+def _products(total: Tensor, leaves: dict[str, Tensor]) -> dict[str, _Product]:
+    """Of each leaf whose only use in `total` is as W of such a product, and that is large."""
+    large = {
+        name: leaf
+        for name, leaf in leaves.items()
+        # With its last size kept, only its shape was touched: `expand` repeats what is of size 1.
+        if leaf.dim() == 3 and leaf.shape[1] > 1 and leaf.nbytes >= LEAST_BYTES_IN_PLACE
+    }
+    if not large or total.grad_fn is None:
+        return {}
+    users: dict[Node, list[Node]] = {}  # of each node: those that `total` comes by it through
+    ahead = [total.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        for before, _ in node.next_functions:
+            if before is not None:
+                if before not in users:
+                    ahead.append(before)
+                users.setdefault(before, []).append(node)
+    products = {}
+    for name, leaf in large.items():
+        node, user = get_gradient_edge(leaf).node, None
+        while len(users.get(node, ())) == 1:
+            (user,) = users[node]
+            if user.name() not in SHAPES_ALONE:
+                break
+            node = user
+        if user is None or user.name() != "BmmBackward0" or user.next_functions[0][0] is not node:
+            continue
+        incoming = cast(Any, user)._saved_mat2.detach()
+        if leaf.shape[::2] == incoming.shape[:2]:
+            products[name] = _Product(user, incoming)
+    return products
 
 
 def _copy(into: Tensor, part: Tensor) -> None:

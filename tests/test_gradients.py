@@ -24,6 +24,7 @@ from decentral.gradients import (
     ModuleGradient,
     StackedGradient,
     StackedLayers,
+    _products,
     workers_at_once,
 )
 from decentral.tasks import Sampler, Task
@@ -103,6 +104,23 @@ def plain_and_sequence():
     )
 
 
+class Products(nn.Module):
+    """Weights on the left of a product, on its right, and there repeated or folded."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = (nn.Parameter(torch.randn(6, 6)) for _ in range(2))
+        self.row = nn.Parameter(torch.randn(1, 6))
+        self.folded = nn.Parameter(torch.randn(4, 9))
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = torch.tanh(torch.mm(self.left, x.T)).T
+        x = torch.tanh(torch.mm(self.folded.view(6, 6), x.T)).T
+        x = torch.tanh(torch.mm(x, self.right))
+        return self.last(x + torch.mm(self.row.expand(6, 6), x.T).T)
+
+
 # name: (model, shape of a sample, whether vmap takes it)
 MODELS = {
     "mlp": (lambda: mlp([6], 3, hidden=[5]), (6,), True),
@@ -110,6 +128,7 @@ MODELS = {
     "cnn": (lambda: cnn([1, 4, 4], 3, channels=[4]), (1, 4, 4), True),
     "tied and frozen": (Tied, (6,), True),
     "plain and sequence": (plain_and_sequence, (6,), True),
+    "products": (Products, (6,), True),
     "scalar": (Scalar, (6,), True),
     "normed": (normed, (6,), True),
     "normed cnn": (normed_cnn, (1, 4, 5), True),
@@ -152,10 +171,14 @@ def sixteen_at_once(monkeypatch):
     monkeypatch.setattr("decentral.gradients.CHUNK_WORKERS_WITH_CONVOLUTIONS", 16)
 
 
+@pytest.mark.parametrize("in_place_from", [0, 2**30])
 @pytest.mark.parametrize("workers", [1, 3, 18])
 @pytest.mark.parametrize("name", MODELS)
-def test_stacked_gradients_are_those_of_each_worker(name, workers, sixteen_at_once):
+def test_stacked_gradients_are_those_of_each_worker(
+    name, workers, in_place_from, sixteen_at_once, monkeypatch
+):
     """Losses, gradients, running statistics and counters, at parameters that differ."""
+    monkeypatch.setattr("decentral.gradients.LEAST_BYTES_IN_PLACE", in_place_from)
     stacked, model = gradient_of(name, list(range(workers)))
     assert model.takes_vmap == MODELS[name][2]
     generator = torch.Generator().manual_seed(2)
@@ -179,6 +202,30 @@ def test_stacked_gradients_are_those_of_each_worker(name, workers, sixteen_at_on
         assert alone.counters.keys() == stacked.counters.keys()
         for counter, value in alone.counters.items():
             assert torch.equal(value, stacked.counters[counter][worker])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    {
+        "mlp": ["1.weight", "3.weight"],
+        "plain and sequence": ["0.weight", "6.weight"],
+        "tied and frozen": ["last.weight"],  # the other is used twice
+        "products": ["left", "last.weight"],
+        "cnn": ["4.weight"],
+    }.items(),
+)
+def test_gradients_of_weights_are_computed_where_they_are_to_be(name, expected, monkeypatch):
+    monkeypatch.setattr("decentral.gradients.LEAST_BYTES_IN_PLACE", 0)
+    found = []
+
+    def products(total, leaves):
+        found.append(_products(total, leaves))
+        return found[-1]
+
+    monkeypatch.setattr("decentral.gradients._products", products)
+    stacked, _ = gradient_of(name, [0, 1, 2])
+    stacked(0)
+    assert [list(pass_) for pass_ in found] == [expected]
 
 
 @pytest.mark.parametrize("bias", [True, False])
