@@ -130,8 +130,8 @@ def measure(rank: int, n: int, width: int, rounds: int) -> tuple[int, ranks.Time
         acts[other + GIVING_WAY] = acts[other]
 
     def prepare(name: str) -> None:
-        policy = os.SCHED_OTHER if name in as_torch_has_it else os.SCHED_BATCH
         for loop in gloo.loops():
+            policy = os.SCHED_OTHER if name in as_torch_has_it else os.SCHED_BATCH
             os.sched_setscheduler(loop, policy, os.sched_param(0))
 
     times = ranks.in_turns(acts, rounds, IN_A_ROW, prepare)

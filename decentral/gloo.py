@@ -24,9 +24,9 @@ def loops() -> list[int]:
     return found
 
 
-def give_way(loops: list[int]) -> None:
+def give_way() -> None:
     """Have `loops` take a processor that is idle or free at the end of a slice, but from nobody."""
-    for loop in loops:
+    for loop in loops():
         with suppress(OSError):  # it may have ended; a container may forbid it
             if os.sched_getscheduler(loop) == os.SCHED_OTHER:
                 os.sched_setscheduler(loop, os.SCHED_BATCH, os.sched_param(0))

@@ -127,7 +127,7 @@ class PeerComm:
         patience: Patience | None = None,
         device: str = "cpu",
     ):
-        gloo.give_way(gloo.loops())
+        gloo.give_way()
         self.rank = dist.get_rank()
         self.n = dist.get_world_size()
         self.bytes_sent = 0

@@ -364,6 +364,7 @@ class _Stepper:
 
     def __init__(self, optimizer: torch.optim.Optimizer, gradient: "_LeftGradient"):
         self.optimizer, self._gradient = optimizer, gradient
+        self._unwrapped = inspect.unwrap(type(optimizer).step)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -403,7 +404,7 @@ class _Stepper:
         if needs_it:
             optimizer.step()
         else:
-            inspect.unwrap(type(optimizer).step)(optimizer)
+            self._unwrapped(optimizer)
 
     def _fuses(self, group: Mapping[str, Any]) -> bool:
         """Not on GPUs, where torch then keeps Adam's state in another place."""
