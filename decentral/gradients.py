@@ -16,6 +16,7 @@ import functools
 import logging
 import math
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
@@ -421,22 +422,24 @@ class StackedGradient:
         )
         for leaf in parameters.values():
             leaf.requires_grad_()
-        kept = {}  # bytes of each block of memory that autograd holds on to
+        saved: list[weakref.ref[Tensor]] = []  # by autograd, which may let go of some of them again
 
-        def keep(tensor: Tensor) -> Tensor:
-            block = tensor.untyped_storage()
-            kept[block.data_ptr()] = block.nbytes()
+        def save(tensor: Tensor) -> Tensor:
+            tensor = tensor.detach()  # for an output that its own node saves would hold that node
+            saved.append(weakref.ref(tensor))
             return tensor
 
         batch = tuple(tensor[:1].clone() for tensor in self._batch(0))
         try:
-            with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
-                loss = self._stacked(parameters, buffers, batch)  # it holds what was kept
+            with torch.enable_grad(), saved_tensors_hooks(save, lambda tensor: tensor):
+                loss = self._stacked(parameters, buffers, batch)
         except (RuntimeError, NotImplementedError) as error:
             reason = str(error).strip().split("\n")[0]
             log.warning("vmap cannot take this model, so workers run one by one: %s", reason)
             return False
-        del loss
+        blocks = [t.untyped_storage() for t in (ref() for ref in saved) if t is not None]
+        kept = {block.data_ptr(): block.nbytes() for block in blocks}
+        del loss, blocks  # it holds what is kept
         gradient = self.value[0].nbytes  # to which the gradients are copied
         self._model.pass_bytes = sum(kept.values()) + gradient
         self._model.tensor_bytes = max([gradient, *kept.values()])
@@ -519,12 +522,21 @@ def _copy(into: Tensor, part: Tensor) -> None:
 
 
 class StackedLayers(TorchFunctionMode):
-    """Layers of stacked workers in the order of memory that is fast; the numbers are the same.
+    """Layers of stacked workers in the order, of memory and of layers, that is fast.
+
+    The numbers are the same.
 
     Linear layers are (W X' + b)', where torch has X W' + b: the gradient of each W then comes as it
     lies in memory. The other way it comes transposed, and to copy it into the flat buffer takes
     longer than to compute it.
+
+    A ReLU that max pooling follows comes after it, on what is left: the largest number of a window
+    is the same one, or the gradient of all is 0.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rectified: tuple[Tensor, Tensor] | None = None  # into and out of the ReLU just passed
 
     def __torch_function__(
         self,
@@ -534,26 +546,44 @@ class StackedLayers(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         options = kwargs or {}
+        rectified, self._rectified = self._rectified, None  # a later function may write into it
         if func is nn.functional.linear and not options and args[0].dim() == 2:
             x, weight, *bias = args
             if not bias or bias[0] is None:
                 return torch.mm(weight, x.T).T
             return torch.addmm(bias[0].unsqueeze(1), weight, x.T).T
+        if func in RELUS and not any(options.values()) and len(args) == 1 and _has_channels(*args):
+            (x,) = args
+            self._rectified = x, func(x)
+            return self._rectified[1]
         if func is nn.functional.max_pool2d and not options.get("return_indices"):
             x, *window = args
-            if x.is_cpu and x.dim() == 4 and x.shape[1] >= LEAST_CHANNELS_LAST:
-                return _max_pool2d(x, *window, **options)
+            if rectified is not None and rectified[1] is x:
+                return torch.relu(_max_pool2d(rectified[0], *window, **options))
+            if _has_channels(x):
+                # No number is below -inf, but see there.
+                pooled = _max_pool2d(x, *window, **options)
+                return nn.functional.threshold(pooled, -math.inf, -math.inf)
         return func(*args, **options)
+
+
+RELUS = (nn.functional.relu, torch.relu, Tensor.relu)
+
+
+def _has_channels(x: Tensor) -> bool:
+    """Whether these are images of which pooling is faster with the channels last."""
+    return x.is_cpu and x.dim() == 4 and x.shape[1] >= LEAST_CHANNELS_LAST
 
 
 def _max_pool2d(x: Tensor, *window: Any, **options: Any) -> Tensor:
     """With the channels last in memory, along which torch's kernel for CPUs is vectorised: a tenth
-    of the time."""
+    of the time.
+
+    A threshold is to come after it: its gradient lies in memory as this does, and not as what comes
+    after gives it, with which the pooling's own gradient would take five times as long.
+    """
     channels_last = x.movedim(1, -1).contiguous().movedim(-1, 1)
-    pooled = nn.functional.max_pool2d(channels_last, *window, **options)
-    # No number is below -inf. But the gradient of this lies in memory as `pooled` does, and not as
-    # what comes after gives it: the pooling's own gradient would take five times as long.
-    return nn.functional.threshold(pooled, -math.inf, -math.inf)
+    return nn.functional.max_pool2d(channels_last, *window, **options)
 
 
 def workers_at_once(model: FlatModel, n: int) -> int:

@@ -258,23 +258,90 @@ POOLS = {
 }
 
 
-@pytest.mark.parametrize("pool", POOLS)
-def test_stacked_max_pooling_is_torchs_to_the_bit(pool):
-    """Of equal numbers, such as the zeros of a ReLU, the same one has the gradient."""
-    layer = nn.MaxPool2d(**POOLS[pool])
-    x = torch.randn(3, 2, 8, 7, 9, generator=torch.Generator().manual_seed(0)).round(decimals=0)
-    x[0, 0, :, 2, 3] = math.nan
-    x = x.requires_grad_()
-    ends = []
+def ends(forward, x):
+    """What a model of x, stacked, gives, and its gradient by x: torch's own and those here."""
+    found = []
     for context in (contextlib.nullcontext(), StackedLayers()):
         with context:
-            output = vmap(layer)(x)
+            output = vmap(forward)(x)
         weights = torch.arange(output.numel(), dtype=output.dtype).reshape(output.shape)
-        ends.append((output.detach(), *torch.autograd.grad((output * weights).nansum(), x)))
-    (output, gradient), (own, own_gradient) = ends
+        found.append((output.detach(), *torch.autograd.grad((output * weights).nansum(), x)))
+    return found
+
+
+def images_with_ties():
+    """And with one number that is none: [3, 2, 8, 7, 9]."""
+    x = torch.randn(3, 2, 8, 7, 9, generator=torch.Generator().manual_seed(0)).round(decimals=0)
+    x[0, 0, :, 2, 3] = math.nan
+    return x.requires_grad_()
+
+
+@pytest.mark.parametrize("relu", [None, nn.ReLU(), torch.relu, torch.Tensor.relu])
+@pytest.mark.parametrize("pool", POOLS)
+def test_stacked_max_pooling_is_torchs_to_the_bit(pool, relu):
+    """Of equal numbers, such as the zeros of a ReLU, the same one has the gradient."""
+    layer = nn.MaxPool2d(**POOLS[pool])
+    (output, gradient), (own, own_gradient) = ends(
+        layer if relu is None else lambda x: layer(relu(x)), images_with_ties()
+    )
     np.testing.assert_array_equal(own, output)
     np.testing.assert_array_equal(own_gradient, gradient)
     assert output.isnan().any()
+
+
+def read_again(x):
+    rectified = torch.relu(x)
+    pooled = nn.functional.max_pool2d(rectified, 2)
+    return pooled + rectified[..., :3, :4]
+
+
+def pooled_before(x):
+    torch.relu(x)
+    return nn.functional.max_pool2d(x, 2)
+
+
+def in_place(x):
+    x = x * 1
+    return nn.functional.max_pool2d(nn.functional.relu(x, inplace=True), 2) + x.mean()
+
+
+@pytest.mark.parametrize("forward", [read_again, pooled_before, in_place])
+def test_a_relu_comes_after_max_pooling_only_where_nothing_shows_it(forward):
+    (output, gradient), (own, own_gradient) = ends(forward, images_with_ties())
+    np.testing.assert_array_equal(own, output)
+    np.testing.assert_array_equal(own_gradient, gradient)
+
+
+def test_max_pooling_of_a_relus_output_that_was_written_into():
+    """Which torch takes where no gradient is asked for."""
+
+    def forward(x):
+        x = torch.relu(x)
+        x.neg_()
+        return nn.functional.max_pool2d(x, 2)
+
+    x = images_with_ties().detach()
+    with StackedLayers():
+        own = vmap(forward)(x)
+    np.testing.assert_array_equal(own, vmap(forward)(x))
+
+
+def test_a_relu_before_max_pooling_is_taken_back_on_what_the_pooling_left():
+    """Of each window one number: its way back before the pooling would be that of all."""
+    x = torch.randn(3, 2, 8, 4, 4, requires_grad=True)
+    seen = []
+
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "threshold_backward" in str(func):
+                seen.append(tuple(args[0].shape))
+            return func(*args, **(kwargs or {}))
+
+    with Look():
+        with StackedLayers():
+            output = vmap(nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)))(x)
+        torch.autograd.grad((output * torch.ones(output.shape)).sum(), x)
+    assert seen == [(3, 2, 8, 2, 2)]
 
 
 def test_stacked_max_pooling_has_the_channels_last():
@@ -403,6 +470,20 @@ def test_what_a_worker_keeps_follows_from_shapes_alone():
         gradient_of("mlp", [0], torch.float32),
     )
     assert halved[1].pass_bytes < 0.6 * whole[1].pass_bytes
+
+
+def test_what_a_worker_let_go_of_before_its_pass_is_back_does_not_count():
+    """By hand, in float64: a ReLU's output is not needed where pooling comes before it."""
+    _, model = gradient_of("cnn", [0, 1])
+    image, channels = 4 * 4, 4
+    numbers = BATCH * image  # the image
+    numbers += BATCH * channels * image  # with the channels last
+    numbers += 3 * BATCH * channels * image // 4  # pooled: places, numbers, these flattened
+    numbers += BATCH * 3  # after log-softmax
+    targets = BATCH
+    weights = len(model.x)  # which are kept as well, beside the gradient
+    assert numbers <= model.pass_bytes / 8 - weights <= numbers + weights + 3 * targets
+    assert weights + 3 * targets < BATCH * channels * image  # what the output would have added
 
 
 def test_what_a_model_draws_depends_on_who_goes_together(monkeypatch):
