@@ -87,7 +87,7 @@ class Clock:
         faults: Faults | None = None,
     ):
         self.now = np.zeros(len(compute_s))
-        self._members = np.arange(len(compute_s))
+        self._members = self._everyone = np.arange(len(compute_s))
         self.timeline = timeline
         self._compute_s = np.asarray(compute_s, dtype=float)
         self._variation = variation
@@ -130,15 +130,14 @@ class Clock:
 
     def compute_s_at(self, step: int) -> np.ndarray:
         """Seconds of each worker's local step `step`, [n]."""
-        return self._compute_s * self._factors(slice(None), step)
+        return self._compute_s * self._factors(self._everyone, step)
 
     def compute_s_of(self, worker: int, step: int) -> float:
         """Seconds of one worker's local step `step`."""
-        return float(self._compute_s[worker] * self._factors([worker], step)[0])
+        return float(self._compute_s[worker] * self._factors(np.array([worker]), step)[0])
 
-    def _factors(self, rows: slice | list[int], step: int) -> np.ndarray:
+    def _factors(self, ids: np.ndarray, step: int) -> np.ndarray:
         """How many times as long as usual the step of each of these takes."""
-        ids = np.arange(len(self.now))[rows]
         factors = np.ones(len(ids))
         if self._variation is not None:
             factors *= self._variation.factors(ids, step)
@@ -163,9 +162,8 @@ class Clock:
         """Let every worker do what `event` says."""
         now = self.now
         if event.kind == "compute":
-            takes = np.zeros_like(now)
-            takes[self._members] = self.compute_s_at(event.step)[self._members] * event.load
-            self.now = now + takes
+            self.now = now.copy()
+            self.now[self._members] += (self.compute_s_at(event.step) * event.load)[self._members]
             self._behind = now
             self._draw(event, "compute", now, self.now)
             return

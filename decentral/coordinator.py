@@ -170,8 +170,9 @@ class Coordinator:
         if steps:
             self._retries = 0
         self._drawn += steps * self._count
-        self._recorded.add(report.loss, steps)
-        self._averaged.add(report.loss, steps)
+        loss = float(np.mean(report.loss))
+        self._recorded.add(loss, steps)
+        self._averaged.add(loss, steps)
         if self._queue is not None:
             self._clock.now = np.full_like(self._clock.now, self._queue.time_s)
         for event in report.events:
@@ -236,6 +237,8 @@ class Coordinator:
 
     def _follow_script(self) -> None:
         """Let go and come who does so before this step by config.faults."""
+        if not self._experiment.faults.changes_members:
+            return
         config, members = self._experiment.config, self._engine.members
         changes = self._experiment.faults.changes(self.step, members)
         killed = changes.killed
@@ -262,8 +265,10 @@ class Coordinator:
         the config says so and the cluster has room."""
         config, members = self._experiment.config, self._engine.members
         wanted = config.on_worker_failure == "replace" or config.min_workers is not None
+        if not wanted or len(members) == config.workers:
+            return
         absent = sorted(set(range(config.workers)) - set(members) - self._away)
-        if not absent or not wanted:
+        if not absent:
             return
         new = self._engine.ready()
         if new:
@@ -458,9 +463,9 @@ class _Mean:
     def __init__(self, total: float = 0.0, steps: int = 0):
         self._total, self._steps = total, steps
 
-    def add(self, losses: np.ndarray, steps: int) -> None:
-        """`losses`: each worker's sum over `steps` steps."""
-        self._total += float(np.mean(losses))
+    def add(self, loss: float, steps: int) -> None:
+        """`loss`: the mean of the workers' sums over `steps` steps."""
+        self._total += loss
         self._steps += steps
 
     def take(self) -> float:

@@ -4,6 +4,7 @@ It runs in the run's dtype, whatever the training's autocast. `averaged_buffers`
 averaged parameters where a model is evaluated or saved.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,11 +17,14 @@ from decentral.comm import accumulation_dtype
 from decentral.draws import hash64, shuffled
 from decentral.experiment import Experiment
 from decentral.gradients import FlatModel, seed_generators
-from decentral.tasks import Task, fetch, length
+from decentral.tasks import Data, Task, fetch, length
 
 BATCH = 512  # samples a pass, at least
 RECALIBRATION = (8, 256)  # batches and samples a batch, at most, for BatchNorm's statistics
 _STREAM = int.from_bytes(b"recalibr", "little")
+# On which a worker's own model is evaluated, at most. With more workers go more of them in some
+# tasks, and all models on all samples would take longer than the run.
+OWN_SAMPLES = 10_000
 # Models x samples a pass: about so much memory of activations, and no fewer or more than these.
 PASS_BYTES = 2**25
 LEAST, MOST = 2**15, 2**18
@@ -65,30 +69,46 @@ def evaluate(
 
     On the test set, or on the training samples of the indices `held_out` [v].
     """
+    data = task.test if held_out is None else task.train
+    assert data is not None, "a task without a test set has nothing to evaluate"
+    samples = torch.arange(length(data)) if held_out is None else held_out
     figures = [task.loss] if task.accuracy is None else [task.loss, task.accuracy]
-    found = _means(model, task, x.unsqueeze(0), buffers.unsqueeze(0), figures, held_out)
+    found = _means(model, data, samples, x.unsqueeze(0), buffers.unsqueeze(0), figures)
     loss, *accuracy = found[:, 0].tolist()
     return Evaluation(loss, accuracy[0] if accuracy else None)
 
 
-def accuracies(model: FlatModel, task: Task, x: Tensor, buffers: Tensor) -> Tensor:
-    """Of m models, x [m, D] and buffers [m, B], on the test set: [m] in float64."""
+def accuracies(
+    model: FlatModel, task: Task, x: Tensor, buffers: Tensor, workers: Sequence[int]
+) -> Tensor:
+    """Of the models of these m workers, x [m, D] and buffers [m, B]: [m] in float64.
+
+    On the test set. Of one of more than OWN_SAMPLES each worker has every s-th sample, s as small
+    as can be: worker i from sample i mod s on, so that workers do not all have the same.
+    """
     assert task.accuracy is not None, "a task without one has nothing to say here"
-    return _means(model, task, x, buffers, [task.accuracy])[0]
+    assert task.test is not None, "a task without a test set has nothing to evaluate"
+    samples = torch.arange(length(task.test))
+    stride = math.ceil(len(samples) / OWN_SAMPLES)
+    first = torch.tensor(workers) % stride
+    found = torch.empty(len(x), dtype=torch.float64)
+    for start in first.unique().tolist():
+        rows = (first == start).nonzero().flatten().to(x.device)
+        models = (x, buffers) if len(rows) == len(x) else (x[rows], buffers[rows])
+        part = samples[start::stride]
+        found[rows.cpu()] = _means(model, task.test, part, *models, [task.accuracy])[0]
+    return found
 
 
 def _means(
     model: FlatModel,
-    task: Task,
+    data: Data,
+    samples: Tensor,
     x: Tensor,
     buffers: Tensor,
     figures: Sequence[Figure],
-    held_out: Tensor | None = None,
 ) -> Tensor:
-    """Each figure of each of m models, its mean over the samples: [figures, m] in float64."""
-    data = task.test if held_out is None else task.train
-    assert data is not None, "a task without a test set has nothing to evaluate"
-    samples = torch.arange(length(data)) if held_out is None else held_out
+    """Each figure of each of m models, its mean over those samples: [figures, m] in float64."""
     models = len(x) if model.takes_vmap else 1
     at_once = LEAST
     if model.sample_bytes:

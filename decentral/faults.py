@@ -134,6 +134,8 @@ class Faults:
 
     def _next_churn(self, step: int, stop: int | None, members: Collection[int]) -> int | None:
         """The first step in step .. stop-1 at which a draw of churn changes `members`."""
+        if not self._churn:
+            return None
         live = np.isin(np.arange(self._workers), list(members))
         leaving = len(members) > 1  # the last one stays
         chances = [np.where(live, f.leave if leaving else 0.0, f.return_) for f in self._churn]

@@ -7,8 +7,11 @@ import torch
 from decentral import UserError
 from decentral.config import RayConfig, load
 from decentral.engines.ray import _check_resources
+from decentral.engines.sim import Simulator
 from decentral.engines.worker import Group, Surroundings, Worker
-from decentral.replica import Averaging, Segment
+from decentral.experiment import build
+from decentral.replica import Averaging, Replica, Segment
+from decentral.tasks import fetch
 
 
 def test_a_worker_takes_its_threads_and_its_timeout_from_the_config(quick):
@@ -60,6 +63,36 @@ def test_a_worker_runs_its_model_compiled_where_it_is_to(quick, monkeypatch):
         finally:
             worker.leave()
         assert len(calls) == (3 if compiles else 0)
+
+
+def test_of_a_large_test_set_each_worker_has_a_part_of_its_own(quick, monkeypatch):
+    """By hand, of 360 samples at most 100: every fourth, from the worker's number on; the workers
+    of the simulator and those that are processes have the same."""
+    monkeypatch.setattr("decentral.evaluation.OWN_SAMPLES", 100)
+    config = load(quick, {"workers": 7, "dtype": "float64"})
+    simulator = Simulator(build(config))
+    simulator.regroup((0, 1, 3, 4, 6))
+    assert isinstance(simulator.replica, Replica)
+    x = simulator.replica.x
+    x += 0.5 * torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0))
+    own = {}
+    for row, number in enumerate(simulator.members):
+        worker = Worker()
+        worker.build(config, None, number, Surroundings.here())
+        worker.connect("127.0.0.1", worker.listen("127.0.0.1"), "127.0.0.1", Group((number,), None))
+        try:
+            worker._joined.x.copy_(x[row])
+            own[number] = worker.evaluate()["eval_accuracy_workers"]
+        finally:
+            worker.leave()
+        task, model = worker._experiment.task, worker._model
+        assert task.test is not None
+        inputs, target = fetch(task.test, torch.arange(number % 4, 360, 4))
+        output = model(model.parameters.views(x[row]), {}, [inputs.double()])
+        right = (output.argmax(1) == target).double().mean().item()
+        assert own[number] == pytest.approx(right, abs=1e-6)
+    mean = sum(own.values()) / len(own)
+    assert simulator.evaluate()["eval_accuracy_workers"] == pytest.approx(mean, rel=1e-9)
 
 
 @pytest.mark.parametrize(

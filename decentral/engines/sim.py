@@ -116,7 +116,8 @@ class Simulator:
         task = self._experiment.task
         values = averaged_figures(self._model, self._experiment, *self._mean())
         if task.test is not None and task.accuracy is not None:
-            each = accuracies(self._model, task, self.replica.x, self.replica.buffers)
+            x, buffers = self.replica.x, self.replica.buffers
+            each = accuracies(self._model, task, x, buffers, self.members)
             values["eval_accuracy_workers"] = each.mean().item()
         return values
 

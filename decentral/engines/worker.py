@@ -27,7 +27,7 @@ from decentral.comm import consecutive_groups
 from decentral.config import Config
 from decentral.diagnostics.figures import diagnostics_of
 from decentral.errors import StepError
-from decentral.evaluation import averaged_buffers, averaged_figures, evaluate
+from decentral.evaluation import accuracies, averaged_buffers, averaged_figures
 from decentral.experiment import build
 from decentral.gradients import FlatModel, ModuleGradient
 from decentral.peer import Patience, PeerComm, PeerError, own_group
@@ -285,9 +285,9 @@ class Worker:
         if self._is_first:
             values = averaged_figures(self._model, self._experiment, x, buffers)
         if task.test is not None and task.accuracy is not None:
-            own = evaluate(self._model, task, self._joined.x, self._joined.buffers)
-            assert own.accuracy is not None
-            values["eval_accuracy_workers"] = own.accuracy
+            own = self._joined.x.unsqueeze(0), self._joined.buffers.unsqueeze(0)
+            (accuracy,) = accuracies(self._model, task, *own, [self._number])
+            values["eval_accuracy_workers"] = accuracy.item()
         return values
 
     def average(self) -> None:
