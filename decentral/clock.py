@@ -88,6 +88,7 @@ class Clock:
     ):
         self.now = np.zeros(len(compute_s))
         self._members = self._everyone = np.arange(len(compute_s))
+        self._here = np.ones(len(compute_s), dtype=bool)  # who is a member
         self.timeline = timeline
         self._compute_s = np.asarray(compute_s, dtype=float)
         self._variation = variation
@@ -119,6 +120,7 @@ class Clock:
             groups = consecutive_groups(len(members), len(self._groups))
             self._groups = [np.asarray(members)[group] for group in groups]
         self._members = np.asarray(members)
+        self._here = np.isin(self._everyone, self._members)
         self._all_reduces, self._messages, self._behind = {}, {}, None
         graphs: Sequence[nx.Graph] = topology.graphs if topology else ()
         self._exchanges = [_Exchange(graph, self._links, self._members) for graph in graphs]
@@ -162,8 +164,8 @@ class Clock:
         """Let every worker do what `event` says."""
         now = self.now
         if event.kind == "compute":
-            self.now = now.copy()
-            self.now[self._members] += (self.compute_s_at(event.step) * event.load)[self._members]
+            takes = self.compute_s_at(event.step) * event.load
+            self.now = now + np.where(self._here, takes, 0.0)
             self._behind = now
             self._draw(event, "compute", now, self.now)
             return
@@ -433,7 +435,7 @@ def clock_options(
         "all_reduce": AllReduce(network.all_reduce, reached),
         "nodes": nodes,
         "groups": consecutive_groups(config.workers, algorithm.schedule.groups),
-        "faults": Faults(config.faults, config.seed, config.workers),
+        "faults": Faults(config.faults, config.seed, config.workers) if config.faults else None,
         "turn_steps": algorithm.gossip_period,
         "cluster": cluster if network.file is not None else None,
         "timeline": Timeline(config.record.timeline) if config.record.timeline else None,

@@ -155,8 +155,11 @@ def deaf_to_interrupts() -> Iterator[None]:
 
 
 def say(console: Console, line: str) -> None:
-    """Print a line as it is."""
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    """Print a line as it is. Elsewhere than on a terminal rich has nothing to add but time."""
+    if console.is_terminal:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    else:
+        print(line, file=console.file, flush=True)
 
 
 def record_line(record: "Record", steps: int) -> str:
