@@ -49,6 +49,7 @@ LOGISTIC: dict[str, Any] = {
     "algorithm": {"name": "gossip_sgd"},
 }
 EPOCH = 10  # steps in which a worker has drawn each of its samples once
+TURN = 40  # steps, of four records and, on digits, five global averages
 RECORDED: dict[str, dict[str, Any]] = {
     "digits": {
         "task": {"name": "digits", "batch_size": 32, "model": {"name": "mlp", "hidden": [256]}},
@@ -62,8 +63,10 @@ RECORDED: dict[str, dict[str, Any]] = {
 
 def main(
     workers: Annotated[list[int] | None, typer.Option(help="n; may be given repeatedly.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Of all that takes turns.")] = 9,
-    recorded: Annotated[int, typer.Option(help="Steps of the runs with records.")] = 400,
+    rounds: Annotated[int, typer.Option(min=1, help="Of all that takes turns.")] = 7,
+    recorded: Annotated[
+        int, typer.Option(min=1, help=f"Steps with records, to whole turns of {TURN}.")
+    ] = 2000,
     digits: Annotated[int, typer.Option(help="Workers on digits, with records.")] = 64,
     logistic: Annotated[int, typer.Option(help="Workers on logistic, with records.")] = 1000,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
@@ -147,30 +150,38 @@ def single_model(experiment: Experiment, draws: bool) -> Callable[[], None]:
 
 
 def overhead(name: str, n: int, steps: int, rounds: int) -> dict[str, Any]:
-    """Of steps with records to bare ones: the time beyond them. And an evaluation."""
+    """Of steps with records to bare ones: the time beyond them. And an evaluation.
+
+    The two take turns of a few steps, for no machine is as fast a second later.
+    """
+    steps = max(2, steps // TURN) * TURN
     config = load(RECORDED[name] | {"workers": n, "steps": steps, "network": {"compute_ms": 1.0}})
     experiment = build(config)
-    simulator, evaluated = Unevaluated(experiment), Simulator(experiment)
+    simulator, evaluated = Simulator(experiment), Simulator(experiment)
     schedule, between = experiment.algorithm.schedule, experiment.algorithm.between
+    step = 0
 
     def bare() -> None:
-        step = 0
-        while step < steps:
+        nonlocal step
+        last = step + TURN
+        while step < last:
             average = schedule.next_average(step)
-            stop = steps if average is None else min(steps, average + 1)
+            stop = last if average is None else min(last, average + 1)
             everyone = average is not None and stop == average + 1
             simulator.run(Segment(step, stop, between, everyone, record=False))
             step = stop
 
+    coordinator = Coordinator(experiment, Unevaluated(experiment))
+    run = coordinator.run()
+    watcher = Terminal(Console(file=io.StringIO()))
+
     def recorded() -> None:
-        watcher = Terminal(Console(file=io.StringIO()))
-        watcher.begin(experiment, 0)
-        coordinator = Coordinator(experiment, simulator)
-        for record in coordinator.run():
+        last = coordinator.step + TURN
+        while coordinator.step < last:
+            record = next(run)
             if record is not None:
                 directory.append(record)
             watcher.advance(coordinator.step, record)
-        watcher.end()
 
     def evaluate() -> None:
         evaluated.evaluate()
@@ -178,18 +189,21 @@ def overhead(name: str, n: int, steps: int, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         directory = RunDirectory(Path(folder))
         directory.start(config, experiment.shards, 0)
-        taken = turns({"bare": bare, "recorded": recorded}, rounds)
+        watcher.begin(experiment, 0)
+        taken = turns({"bare": bare, "recorded": recorded}, steps // TURN - 1)
+        watcher.end()
         directory.finish({}, None)
     # By itself: what comes after it is the faster for the memory that it leaves.
-    taken |= turns({"evaluation": evaluate}, rounds)
+    evaluation_s = statistics.median(turns({"evaluation": evaluate}, rounds)["evaluation"])
+    step_s = statistics.median(taken["bare"]) / TURN
     return {
         "task": name,
         "workers": n,
         "steps": steps,
-        "step_ms": statistics.median(taken["bare"]) / steps * 1e3,
+        "step_ms": step_s * 1e3,
         "records": median_ratio(taken["recorded"], taken["bare"]) - 1,
-        "evaluation_ms": statistics.median(taken["evaluation"]) * 1e3,
-        "evaluation_in_steps": median_ratio(taken["evaluation"], taken["bare"]) * steps,
+        "evaluation_ms": evaluation_s * 1e3,
+        "evaluation_in_steps": evaluation_s / step_s,
     }
 
 
