@@ -561,7 +561,7 @@ class StackedLayers(TorchFunctionMode):
             if rectified is not None and rectified[1] is x:
                 return torch.relu(_max_pool2d(rectified[0], *window, **options))
             if _has_channels(x):
-                # No number is below -inf, but see there.
+                # A threshold, as said there, that changes no number.
                 pooled = _max_pool2d(x, *window, **options)
                 return nn.functional.threshold(pooled, -math.inf, -math.inf)
         return func(*args, **options)
