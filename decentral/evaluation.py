@@ -22,8 +22,8 @@ from decentral.tasks import Data, Task, fetch, length
 BATCH = 512  # samples a pass, at least
 RECALIBRATION = (8, 256)  # batches and samples a batch, at most, for BatchNorm's statistics
 _STREAM = int.from_bytes(b"recalibr", "little")
-# Test samples on which a worker's own model is evaluated, at most. Where a task has more of them the
-# more workers there are, all models on all of them would take longer than the run.
+# Test samples on which a worker's own model is evaluated, at most. Where a task has more of them
+# with more workers, all models on all of them would take longer than the run.
 OWN_SAMPLES = 10_000
 # Models x samples a pass: about so much memory of activations, and no fewer or more than these.
 PASS_BYTES = 2**25
