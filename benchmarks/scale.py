@@ -38,7 +38,7 @@ from decentral.engines.sim import Simulator
 from decentral.experiment import Experiment, build
 from decentral.progress import Terminal
 from decentral.records import RunDirectory
-from decentral.replica import Averaging, Segment
+from decentral.replica import Averaging
 from decentral.tasks import fetch
 
 TOPOLOGIES = ("ring", "exponential")
@@ -158,19 +158,7 @@ def overhead(name: str, n: int, steps: int, rounds: int) -> dict[str, Any]:
     config = load(RECORDED[name] | {"workers": n, "steps": steps, "network": {"compute_ms": 1.0}})
     experiment = build(config)
     simulator, evaluated = Simulator(experiment), Simulator(experiment)
-    schedule, between = experiment.algorithm.schedule, experiment.algorithm.between
-    step = 0
-
-    def bare() -> None:
-        nonlocal step
-        last = step + TURN
-        while step < last:
-            average = schedule.next_average(step)
-            stop = last if average is None else min(last, average + 1)
-            everyone = average is not None and stop == average + 1
-            simulator.run(Segment(step, stop, between, everyone, record=False))
-            step = stop
-
+    bare = segments.scheduled(simulator.run, experiment.algorithm, TURN)
     coordinator = Coordinator(experiment, Unevaluated(experiment))
     run = coordinator.run()
     watcher = Terminal(Console(file=io.StringIO()))

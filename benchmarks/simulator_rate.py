@@ -31,14 +31,14 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from segments import median_ratio
+from segments import median_ratio, scheduled
 from torch import Tensor
 
 from decentral.config import load
 from decentral.engines.sim import Simulator
 from decentral.experiment import Experiment, build
 from decentral.gradients import StackedGradient
-from decentral.replica import Averaging, Replica, Segment
+from decentral.replica import Replica
 from decentral.tasks import Sampler, fetch
 
 PERIOD = 8
@@ -104,13 +104,13 @@ def measure(model: str, n: int, text: str, repeats: int, seconds: float) -> dict
     chunk = gradient_of(stacked).chunk
     others = {"one by one": 1, "half": math.ceil(chunk / 2), "twice": min(n, 2 * chunk)}
     halves = {
-        "simulated": simulation(stacked, steps),
+        "simulated": scheduled(stacked.run, experiment.algorithm, steps),
         "single": single_model(experiment, steps),
     }
     for name, at_once in others.items():
         simulator = Simulator(experiment)
         gradient_of(simulator).chunk = at_once
-        halves[name] = simulation(simulator, steps)
+        halves[name] = scheduled(simulator.run, experiment.algorithm, steps)
     for half in halves.values():  # to warm up
         half()
     wall_s: dict[str, list[float]] = {name: [] for name in halves}
@@ -152,23 +152,6 @@ def gradient_of(simulator: Simulator) -> StackedGradient:
     gradient = simulator.replica._gradient
     assert isinstance(gradient, StackedGradient)
     return gradient
-
-
-def simulation(simulator: Simulator, steps: int) -> Callable[[], None]:
-    """So many steps of the simulator at a call: gossip, and every PERIOD-th a global average."""
-    step = 0
-
-    def half() -> None:
-        nonlocal step
-        last = step + steps
-        while step < last:
-            average_at = (step // PERIOD + 1) * PERIOD
-            stop = min(last, average_at)
-            whole = stop == average_at
-            simulator.run(Segment(step, stop, Averaging.NEIGHBOURS, whole, record=False))
-            step = stop
-
-    return half
 
 
 def single_model(experiment: Experiment, steps: int) -> Callable[[], None]:

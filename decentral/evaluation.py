@@ -88,14 +88,14 @@ def accuracies(
     """
     assert task.accuracy is not None, "a task without one has nothing to say here"
     assert task.test is not None, "a task without a test set has nothing to evaluate"
-    samples = torch.arange(length(task.test))
-    stride = math.ceil(len(samples) / OWN_SAMPLES)
+    samples = length(task.test)
+    stride = math.ceil(samples / OWN_SAMPLES)
     first = torch.tensor(workers) % stride
     found = torch.empty(len(x), dtype=torch.float64)
     for start in first.unique().tolist():
         rows = (first == start).nonzero().flatten().to(x.device)
         models = (x, buffers) if len(rows) == len(x) else (x[rows], buffers[rows])
-        part = samples[start::stride]
+        part = torch.arange(start, samples, stride)
         found[rows.cpu()] = _means(model, task.test, part, *models, [task.accuracy])[0]
     return found
 

@@ -326,41 +326,36 @@ def test_max_pooling_of_a_relus_output_that_was_written_into():
     np.testing.assert_array_equal(own, vmap(forward)(x))
 
 
-def test_a_relu_before_max_pooling_is_taken_back_on_what_the_pooling_left():
-    """Of each window one number: its way back before the pooling would be that of all."""
+def given(operation, forward):
+    """The tensors that the operations of this name are given in a stacked pass and on its way back,
+    each a list."""
     x = torch.randn(3, 2, 8, 4, 4, requires_grad=True)
     seen = []
 
     class Look(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if "threshold_backward" in str(func):
-                seen.append(tuple(args[0].shape))
+            if operation in str(func):
+                seen.append([arg for arg in args if isinstance(arg, torch.Tensor)])
             return func(*args, **(kwargs or {}))
 
     with Look():
         with StackedLayers():
-            output = vmap(nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)))(x)
+            output = vmap(forward)(x)
         torch.autograd.grad((output * torch.ones(output.shape)).sum(), x)
-    assert seen == [(3, 2, 8, 2, 2)]
+    return seen
+
+
+def test_a_relu_before_max_pooling_is_taken_back_on_what_the_pooling_left():
+    """Of each window one number: its way back before the pooling would be that of all."""
+    calls = given("threshold_backward", nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)))
+    assert [tuple(gradient.shape) for gradient, _ in calls] == [(3, 2, 8, 2, 2)]
 
 
 def test_stacked_max_pooling_has_the_channels_last():
     """In memory, within it and on its way back: otherwise it takes ten times as long."""
-    x = torch.randn(3, 2, 8, 4, 4, requires_grad=True)
-    seen = []
-
-    class Look(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if "max_pool2d" in str(func):
-                tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-                seen.extend(t.is_contiguous(memory_format=torch.channels_last) for t in tensors)
-            return func(*args, **(kwargs or {}))
-
-    with Look():
-        with StackedLayers():
-            output = vmap(nn.MaxPool2d(2))(x)
-        torch.autograd.grad((output * torch.ones(output.shape)).sum(), x)
-    assert seen == [True] * 4  # x; the gradient, x and the places
+    tensors = [tensor for call in given("max_pool2d", nn.MaxPool2d(2)) for tensor in call]
+    last = [tensor.is_contiguous(memory_format=torch.channels_last) for tensor in tensors]
+    assert last == [True] * 4  # x; the gradient, x and the places
 
 
 @pytest.mark.parametrize("options", [{}, {"accumulate": 3, "clip_norm": 0.05}])
